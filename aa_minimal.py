@@ -1,0 +1,345 @@
+"""Train a language-model agent in a social dilemma by self-play: play, credit, update, log, save.
+
+    python aa_minimal.py --game trust_split                      the built-in model, minutes on a laptop
+    python aa_minimal.py --game ipd --algo naive                 plain policy gradient: watch it learn to defect
+    python aa_minimal.py --game ipd --model DIR_OR_HUB_ID        QLoRA on any instruct model
+
+The method is arXiv 2511.19405: Advantage Alignment with a group-relative baseline (equations in loss.py). One optimizer step
+follows every batch of games, so the importance weights are 1 but for rounding. All randomness follows from (seed, iteration):
+there is no random state to save, and a game does not depend on what else is in its batch.
+"""
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from games import GAMES, Match, Scripted, UserError, play, players, summarize
+from loss import advantages, credits, policy_loss, returns_to_go, score
+from rollout import Policy, find_agent, load
+
+SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
+POSITIVE, FRACTION, NONNEGATIVE = (lambda v: v > 0, "above 0"), (lambda v: 0 <= v <= 1, "from 0 to 1"), (lambda v: v >= 0, "0 or more")
+COUNT = (lambda v: v >= 1, "1 or more")
+# name: (type, default, (test, its meaning), help). Default None: chosen per game and model class in games.py.
+FLAGS = {
+    "iterations": (int, None, COUNT, "optimizer steps, one per batch of games"),
+    "games": (int, None, COUNT, "games per iteration, B"),
+    "group-size": (int, None, COUNT, "games that share deals and opponent, and so a baseline, G"),
+    "rounds": (int, None, COUNT, "rounds per game, T (the most, with --continue-prob)"),
+    "continue-prob": (float, 1., FRACTION, "probability that a game goes on after a round; 1: always --rounds rounds"),
+    "lr": (float, None, POSITIVE, "learning rate of Adam"),
+    "beta": (float, None, NONNEGATIVE, "weight of the alignment term in --algo aa, the paper's beta"),
+    "gamma": (float, None, FRACTION, "discount per round, the paper's gamma"),
+    "entropy": (float, None, NONNEGATIVE, "weight of the entropy bonus, nats per sampled token"),
+    "kl": (float, None, NONNEGATIVE, "weight of the KL to the model without adapter, nats per sampled token"),
+    "buffer": (int, 30, NONNEGATIVE, "past snapshots kept as opponents for half of the groups; 0: self-play only"),
+    "max-message-tokens": (int, None, NONNEGATIVE, "longest message in tokens; 0: no talk"),
+    "lora-rank": (int, None, COUNT, "rank r of the LoRA adapter; its alpha is 2 r"),
+    "micro-batch-tokens": (int, None, COUNT, "tokens per forward and backward pass; lower it when memory runs out"),
+    "seed": (int, 0, NONNEGATIVE, "fixes deals, sampling and the initial adapter"),
+    "save-every": (int, None, COUNT, "iterations between checkpoints"),
+}
+
+
+def parse(argv):
+    """The settings of a run as a namespace, defaults filled in for game and model. Raises UserError on what cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--game", default="trust_split", help="which game: " + ", ".join(GAMES))
+    parser.add_argument("--algo", default="aa", help="credit: aa (Advantage Alignment), naive (own return), sum (joint return)")
+    parser.add_argument("--model", default="auto", help="auto, tiny (built in), tiny-blind (its warm-up knew no reciprocity), a "
+                        "folder, or a hub id; auto is Qwen/Qwen2.5-1.5B-Instruct with CUDA and tiny without")
+    parser.add_argument("--quant", default="auto", help="weights of a real model: nf4 (4 bit) or none; auto is nf4 with CUDA")
+    parser.add_argument("--baseline", default="group", help="mean return of the other games of the group, or of the batch")
+    parser.add_argument("--opponent", help="a fixed agent in the other seat of every game: a scripted player, base, or a run's folder")
+    parser.add_argument("--out", help="folder of the run (default: runs/GAME-ALGO-sSEED, numbered if it exists)")
+    parser.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run where it stopped")
+    for name, (kind, default, (_, meaning), text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({meaning})" + (
+            "" if default is not None else "; default by game and model"))
+    def refuse(message):
+        raise UserError(message)
+    parser.error = refuse
+    args = parser.parse_args(argv)
+    choices = {"game": list(GAMES), "algo": ["aa", "naive", "sum"], "quant": ["auto", "nf4", "none"], "baseline": ["group", "batch"]}
+    for name, legal in choices.items():
+        if getattr(args, name) not in legal:
+            raise UserError(f"--{name} {getattr(args, name)} is unknown; choose from {', '.join(legal)}")
+    if args.model == "auto":
+        args.model = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
+    built_in = args.model.startswith("tiny") and not os.path.exists(args.model)
+    if args.quant == "auto":
+        args.quant = "nf4" if torch.cuda.is_available() and not built_in else "none"
+    if built_in and args.quant == "nf4":
+        raise UserError("--quant nf4 is for real models; the built-in model is too small to gain from it, use --quant none")
+    defaults = {**GAMES[args.game].paper, "save_every": 5, **(GAMES[args.game].tiny if built_in else {})}
+    for name, (_, _, (test, meaning), _) in FLAGS.items():
+        key = name.replace("-", "_")
+        if getattr(args, key) is None:
+            setattr(args, key, defaults.get(key))
+        if getattr(args, key) is not None and not test(getattr(args, key)):
+            raise UserError(f"--{name} {getattr(args, key)} is out of range; it must be {meaning}")
+    if args.games % args.group_size:
+        raise UserError(f"--games {args.games} is not divisible by --group-size {args.group_size}; change one of them")
+    if args.baseline == "group" and args.group_size == 1:
+        raise UserError("--group-size 1 leaves no other game for the group baseline; use 2 or more, or --baseline batch")
+    return args
+
+
+class Run:
+    """One training run: the model, its optimizer, the opponents, and the folder that all goes to."""
+
+    def __init__(self, args, folder, resume):
+        self.args, self.folder, self.iteration, self.busy, self.stopped = args, pathlib.Path(folder), 0, False, False
+        self.llm = load(args.model, args.quant, args.game, args.lora_rank, args.seed)
+        self.live, self.untrained = Policy(self.llm), Policy(self.llm, None)
+        self.opponent = find_agent(args.opponent, args.game, self.llm) if args.opponent else None
+        self.weights = {n: p for n, p in sorted(self.llm.model.named_parameters()) if ".default." in n}
+        self.optimizer = torch.optim.Adam(self.weights.values(), lr=args.lr)
+        self.budget = args.micro_batch_tokens or self.llm.token_budget()
+        self.slots, self.past = {}, []  # adapters loaded for opponents; snapshot numbers to draw from
+        if resume:
+            self.restore()
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(self.folder / "config.json", json.dumps(config(args), indent=1))
+        self.llm.model.peft_config["default"].base_model_name_or_path = args.model
+
+    # ------------------------------------------------------------------------------------------------ play
+
+    def draw(self):
+        """The matches of this iteration and who learns: ([Match], [(match, seat, group)])."""
+        args, matches, learners = self.args, [], []
+        groups = args.games // args.group_size
+        for g in range(groups):
+            rng = np.random.default_rng([args.seed, self.iteration, 2, g])
+            rounds = args.rounds if args.continue_prob == 1 else min(args.rounds, int(rng.geometric(1 - args.continue_prob)))
+            other, seat = self.opponent, (g + self.iteration) % 2
+            if other is None and self.past and g >= (groups + 1) // 2:
+                other = self.snapshot(self.past[rng.integers(len(self.past))])
+            agents = (self.live, other or self.live)[::1 if seat == 0 else -1]
+            for n in range(g * args.group_size, (g + 1) * args.group_size):
+                matches.append(Match(n, g, rounds, agents))
+                learners += [(matches[-1], s, g) for s in (0, 1) if agents[s] is self.live]
+        return matches, learners
+
+    def snapshot(self, number):
+        """The policy of snapshot `number`, in an adapter slot of its own while this iteration lasts."""
+        if number not in self.slots:
+            free = f"past{len(self.slots)}"
+            if free not in self.llm.model.peft_config:
+                self.llm.model.add_adapter(free, self.llm.model.peft_config["default"])
+            self.llm.set_weights(free, self.folder / "snapshots" / f"{number:06d}")
+            self.slots[number] = Policy(self.llm, free)
+        return self.slots[number]
+
+    # ---------------------------------------------------------------------------------------------- learn
+
+    def credit(self, learners):
+        """c [rows, T] of the learning seats, from points to credit (equations in loss.py)."""
+        args = self.args
+        lengths = torch.tensor([len(m.played) for m, _, _ in learners])
+        mask = (torch.arange(args.rounds) < lengths[:, None]).float()
+        own, other = torch.zeros(2, len(learners), args.rounds)
+        for b, (m, seat, _) in enumerate(learners):
+            rewards = torch.tensor(m.rewards(args.game))
+            own[b, :lengths[b]], other[b, :lengths[b]] = rewards[seat], rewards[1 - seat]
+        group = torch.tensor([2 * g * (args.baseline == "group") + seat for _, seat, g in learners])
+        A_own, A_other = (advantages(returns_to_go(r, args.gamma), group, mask) for r in (own, other))
+        return credits(args.algo, A_own, A_other, args.gamma, args.beta)
+
+    def learn(self, learners):
+        """One optimizer step on the games of this iteration; returns what to log of it."""
+        args = self.args
+        episodes = [m.agents[seat].episodes[m.number, seat] for m, seat, _ in learners]
+        c = self.credit(learners).to(self.llm.device)
+        N = sum(len(e.at) for e in episodes)
+        sums = torch.zeros(4, dtype=torch.float64)  # entropy, kl, ratio, and the largest ratio
+        self.optimizer.zero_grad()
+        for mb in score(self.llm, episodes, self.budget, reference=args.kl > 0):
+            loss, ratio = policy_loss(mb.logp, mb.logp_play, c[mb.row, mb.round], mb.entropy, mb.kl, N, args.entropy, args.kl)
+            loss.backward()
+            sums[:3] += torch.stack([mb.entropy.sum(), mb.kl.sum(), ratio.sum()]).detach().cpu()
+            sums[3] = max(sums[3], ratio.max().item())
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.).item()
+        if not np.isfinite([norm, *sums]).all():
+            raise RuntimeError(f"iteration {self.iteration}: loss, gradient or log-prob is not finite")
+        self.busy = True  # from here to the checkpoint nothing is left half done
+        self.optimizer.step()
+        return {"entropy": sums[0].item() / N, "kl": sums[1].item() / N if args.kl else None, "grad_norm": norm,
+                "ratio_mean": sums[2].item() / N, "ratio_max": sums[3].item(), "tokens": sum(len(e.ids) for e in episodes),
+                "sampled_tokens": N}
+
+    def step(self):
+        """One iteration; returns its line for metrics.jsonl."""
+        args, start = self.args, time.perf_counter()
+        if args.buffer and not self.opponent and self.iteration % SNAPSHOT_EVERY == 0:
+            self.llm.save_adapter(self.folder / "snapshots" / f"{self.iteration:06d}")
+            self.past = [*self.past, self.iteration][-args.buffer:]
+        self.slots = {}
+        matches, learners = self.draw()
+        play(args.game, matches, [args.seed, self.iteration], args.max_message_tokens)
+        played = time.perf_counter()
+        line = {"iteration": self.iteration, **self.learn(learners), "seconds_play": played - start,
+                "seconds_update": time.perf_counter() - played}
+        mine = [(m, s) for m, s, _ in learners if self.opponent or m.agents[0] is m.agents[1]]
+        line.update(summarize(mine))
+        if self.opponent:  # points and welfare are those of self-play, which there is none of
+            line["points_against"], line["points_opponent"] = line["points"], line["points_other"]
+            line["points"] = line["welfare"] = None
+        if self.iteration % TRANSCRIPTS_EVERY == 0 or self.iteration + 1 == args.iterations:
+            shown = [matches[0], matches[-1]]
+            append(self.folder / "transcripts.jsonl", [transcript(self.iteration, m, self.live) for m in shown])
+        append(self.folder / "metrics.jsonl", [line])
+        self.iteration += 1
+        if self.iteration % args.save_every == 0 or self.iteration == args.iterations:
+            self.save()
+        self.busy = False
+        return line
+
+    # ----------------------------------------------------------------------------------------------- save
+
+    def save(self):
+        """A checkpoint: state.safetensors holds all that --resume needs, in one file that is replaced whole; adapter/ is
+        the same adapter in PEFT's own format, for use."""
+        tensors = {f"weight.{name}": p.detach() for name, p in self.weights.items()}
+        for name, p in self.weights.items():
+            tensors.update({f"{key}.{name}": value for key, value in self.optimizer.state[p].items()})
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        save_file(tensors, self.folder / "state.new", metadata={"iteration": str(self.iteration)})
+        replace(self.folder / "state.new", self.folder / "state.safetensors")
+        self.llm.save_adapter(self.folder / "adapter")
+        for old in sorted(self.folder.glob("snapshots/*"))[:-len(self.past) or None]:
+            shutil.rmtree(old)
+
+    def restore(self):
+        """Continue from the last checkpoint; lines of later iterations, whole or torn, are dropped from the logs."""
+        path = self.folder / "state.safetensors"
+        try:
+            with safe_open(path, "pt", device=str(self.llm.device)) as file, torch.no_grad():
+                self.iteration = int(file.metadata()["iteration"])
+                for name, p in self.weights.items():
+                    p.copy_(file.get_tensor(f"weight.{name}"))
+                    self.optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is missing or damaged ({error}); nothing was changed") from error
+        numbers = range(0, self.iteration, SNAPSHOT_EVERY)
+        self.past = [] if self.opponent or not self.args.buffer else list(numbers)[-self.args.buffer:]
+        for name in ("metrics.jsonl", "transcripts.jsonl"):
+            kept = []
+            for text in (self.folder / name).read_text(encoding="utf-8").splitlines():
+                if json.loads(text)["iteration"] >= self.iteration:
+                    break
+                kept.append(text + "\n")
+            write(self.folder / name, "".join(kept))
+
+    def table(self):
+        """Play the trained and the untrained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
+        args, count, out = self.args, min(64, self.args.games), {}
+        for who, agent in (("untrained", self.untrained), ("trained", self.live)):
+            for name in ["itself", *players(args.game)]:
+                other = agent if name == "itself" else Scripted(name)
+                matches = [Match(n, n, args.rounds, (agent, other)[::1 if n % 2 == 0 else -1]) for n in range(count)]
+                play(args.game, matches, [args.seed, 10 ** 9], args.max_message_tokens)
+                out.setdefault(who, {})[name] = summarize([(m, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
+        return out
+
+
+def config(args):
+    """What config.json says of a run: the settings, and the versions that made it."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+                "peft": peft.__version__, "numpy": np.__version__}
+    return {**{k: v for k, v in vars(args).items() if k not in ("resume", "out")}, "versions": versions}
+
+
+def transcript(iteration, match, live):
+    """A whole game as a line of transcripts.jsonl."""
+    return {"iteration": iteration, "players": ["trained" if agent is live else "opponent" for agent in match.agents],
+            "points": [this.points for this in match.played],
+            "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in match.log]}
+
+
+def replace(new, path):
+    """Put the finished file `new` in the place of `path`, on disk before it counts."""
+    with open(new, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def write(path, text):
+    """Replace the file `path` by `text`, whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    replace(new, path)
+
+
+def append(path, lines):
+    """Append `lines` as JSON to the file `path`, on disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def show(table, game):
+    """The final table in words."""
+    say = "cooperation" if game != "trust_split" else "honesty"
+    print(f"\nPoints per round, and {say} (0 to 1), of the agent before and after training\n")
+    print(f"{'playing with':<14}{'before: agent':>15}{'other':>8}{say:>13}{'after: agent':>16}{'other':>8}{say:>13}")
+    for name, before in table["untrained"].items():
+        cells = "".join(f"{row['points']:{width}.2f}{row['points_other']:8.2f}{row[say]:13.2f}"
+                        for row, width in ((before, 15), (table["trained"][name], 16)))
+        print(f"{name:<14}{cells}")
+
+
+def new_folder(args):
+    """The folder of a new run: --out, which must not hold one, or the first free default name."""
+    if args.out:
+        if os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
+            raise UserError(f"--out {args.out} already exists and is not empty; choose another folder, or --resume {args.out}")
+        return args.out
+    base, n = f"runs/{args.game}-{args.algo}-s{args.seed}", 1
+    while os.path.exists(base if n == 1 else f"{base}-{n}"):
+        n += 1
+    return base if n == 1 else f"{base}-{n}"
+
+
+def train(args):
+    """Train as `args` say, with a progress bar, and print and save the final table."""
+    folder = new_folder(args)
+    run = Run(args, folder, False)
+    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed}: {args.iterations} iterations of {args.games} games -> {folder}")
+    bar = tqdm(range(run.iteration, args.iterations), initial=run.iteration, total=args.iterations, mininterval=0.5)
+    for _ in bar:
+        line = run.step()
+        say = "honesty" if args.game == "trust_split" else "cooperation"
+        points = line["points"] if line["points"] is not None else line["points_against"]
+        bar.set_postfix_str(f"points {points:.2f}, {say} {line[say]:.2f}, entropy {line['entropy']:.3f}", refresh=False)
+    table = run.table()
+    write(run.folder / "summary.json", json.dumps(table, indent=1))
+    show(table, args.game)
+    print(f"\nEverything is in {folder}; read games with: python eval.py --show {folder}")
+
+
+def main(argv=None):
+    try:
+        train(parse(argv))
+    except UserError as error:
+        print(f"aa_minimal: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
