@@ -16,80 +16,77 @@ import shutil
 import signal
 import sys
 import time
+from importlib import metadata
 
 import numpy as np
-import peft
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from games import GAMES, Match, Scripted, UserError, play, players, summarize
+from games import GAMES, Match, Parser, Scripted, UserError, play, players, summarize
 from loss import advantages, credits, policy_loss, returns_to_go, score
 from rollout import Policy, find_agent, load
 
 SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
-POSITIVE, FRACTION, NONNEGATIVE = (lambda v: v > 0, "above 0"), (lambda v: 0 <= v <= 1, "from 0 to 1"), (lambda v: v >= 0, "0 or more")
-COUNT = (lambda v: v >= 1, "1 or more")
-# name: (type, default, (test, its meaning), help). Default None: chosen per game and model class in games.py.
-FLAGS = {
-    "iterations": (int, None, COUNT, "optimizer steps, one per batch of games"),
-    "games": (int, None, COUNT, "games per iteration, B"),
-    "group-size": (int, None, COUNT, "games that share deals and opponent, and so a baseline, G"),
-    "rounds": (int, None, COUNT, "rounds per game, T (the most, with --continue-prob)"),
-    "continue-prob": (float, 1., FRACTION, "probability that a game goes on after a round; 1: always --rounds rounds"),
-    "lr": (float, None, POSITIVE, "learning rate of Adam"),
-    "beta": (float, None, NONNEGATIVE, "weight of the alignment term in --algo aa, the paper's beta"),
-    "gamma": (float, None, FRACTION, "discount per round, the paper's gamma"),
-    "entropy": (float, None, NONNEGATIVE, "weight of the entropy bonus, nats per sampled token"),
-    "kl": (float, None, NONNEGATIVE, "weight of the KL to the model without adapter, nats per sampled token"),
-    "buffer": (int, 30, NONNEGATIVE, "past snapshots kept as opponents for half of the groups; 0: self-play only"),
-    "max-message-tokens": (int, None, NONNEGATIVE, "longest message in tokens; 0: no talk"),
-    "lora-rank": (int, None, COUNT, "rank r of the LoRA adapter; its alpha is 2 r"),
-    "micro-batch-tokens": (int, None, COUNT, "tokens per forward and backward pass; lower it when memory runs out"),
-    "seed": (int, 0, NONNEGATIVE, "fixes deals, sampling and the initial adapter"),
-    "save-every": (int, None, COUNT, "iterations between checkpoints"),
-}
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or float from `low` to `high`."""
+    def check(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {low} or more" + f", at most {high}" * (high < 9e9))
+        return value
+    return check
 
 
 def parse(argv):
-    """The settings of a run as a namespace, defaults filled in for game and model. Raises UserError on what cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--game", default="trust_split", help="which game: " + ", ".join(GAMES))
-    parser.add_argument("--algo", default="aa", help="credit: aa (Advantage Alignment), naive (own return), sum (joint return)")
-    parser.add_argument("--model", default="auto", help="auto, tiny (built in), tiny-blind (its warm-up knew no reciprocity), a "
-                        "folder, or a hub id; auto is Qwen/Qwen2.5-1.5B-Instruct with CUDA and tiny without")
-    parser.add_argument("--quant", default="auto", help="weights of a real model: nf4 (4 bit) or none; auto is nf4 with CUDA")
-    parser.add_argument("--baseline", default="group", help="mean return of the other games of the group, or of the batch")
-    parser.add_argument("--opponent", help="a fixed agent in the other seat of every game: a scripted player, base, or a run's folder")
-    parser.add_argument("--out", help="folder of the run (default: runs/GAME-ALGO-sSEED, numbered if it exists)")
-    parser.add_argument("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run where it stopped")
-    for name, (kind, default, (_, meaning), text) in FLAGS.items():
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({meaning})" + (
-            "" if default is not None else "; default by game and model"))
-    def refuse(message):
-        raise UserError(message)
-    parser.error = refuse
+    """The settings of a run as a namespace, defaults filled in by game and model. Raises UserError on what cannot be."""
+    parser = Parser(description=__doc__.split("\n")[0], epilog="Defaults that are not stated depend on the game "
+                                     "and on whether the model is the built-in one (see games.py); config.json records them.")
+    add, count, weight = parser.add_argument, number(int, 1), number(float, 0)
+    add("--game", default="trust_split", choices=list(GAMES), help="which game (default: %(default)s)")
+    add("--algo", default="aa", choices=["aa", "naive", "sum"], help="credit: aa Advantage Alignment (default), naive own "
+        "return, sum joint return")
+    add("--model", default="auto", help="tiny (built in), tiny-blind (its warm-up knew no reciprocity), a folder, or a hub id "
+        "(default: Qwen/Qwen2.5-1.5B-Instruct with CUDA, else tiny)")
+    add("--quant", default="auto", choices=["auto", "nf4", "none"], help="weights of a real model: 4 bits or not (default: nf4 with CUDA)")
+    add("--iterations", type=count, help="optimizer steps, one per batch of games")
+    add("--games", type=count, help="games per iteration, B")
+    add("--group-size", type=count, help="games that share deals and opponent, and so a baseline, G")
+    add("--rounds", type=count, help="rounds per game, T (the most, with --continue-prob)")
+    add("--continue-prob", type=number(float, 0, 1), default=1., help="probability that a group's games go on after a round (default: 1)")
+    add("--lr", type=number(float, 1e-12), help="learning rate of Adam")
+    add("--beta", type=weight, help="weight beta of the alignment term in aa")
+    add("--gamma", type=number(float, 0, 1), help="discount gamma per round")
+    add("--entropy", type=weight, help="weight of the entropy bonus (nats per sampled token)")
+    add("--kl", type=weight, help="weight of the KL to the model without adapter (nats per sampled token); 0: not computed")
+    add("--baseline", default="group", choices=["group", "batch"], help="whose mean return is the baseline (default: group)")
+    add("--buffer", type=number(int, 0), default=30, help="past snapshots kept as opponents of half of the groups; 0: self-play "
+        "only (default: 30)")
+    add("--opponent", help="a fixed agent in the other seat of every game: a scripted player, base, human, api:MODEL or a run's folder")
+    add("--max-message-tokens", type=number(int, 0), help="longest message (tokens); 0: no talk")
+    add("--lora-rank", type=count, help="rank r of the LoRA adapter; alpha is 2 r")
+    add("--micro-batch-tokens", type=count, help="tokens per forward and backward pass (default: what fits); lower it when memory runs out")
+    add("--seed", type=number(int, 0), default=0, help="fixes deals, sampling and the initial adapter (default: 0)")
+    add("--out", help="folder of the run (default: runs/GAME-ALGO-sSEED, numbered where that exists)")
+    add("--save-every", type=count, help="iterations between checkpoints")
+    add("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run where it stopped")
     args = parser.parse_args(argv)
-    choices = {"game": list(GAMES), "algo": ["aa", "naive", "sum"], "quant": ["auto", "nf4", "none"], "baseline": ["group", "batch"]}
-    for name, legal in choices.items():
-        if getattr(args, name) not in legal:
-            raise UserError(f"--{name} {getattr(args, name)} is unknown; choose from {', '.join(legal)}")
     if args.model == "auto":
         args.model = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
     built_in = args.model.startswith("tiny") and not os.path.exists(args.model)
     if args.quant == "auto":
         args.quant = "nf4" if torch.cuda.is_available() and not built_in else "none"
-    if built_in and args.quant == "nf4":
-        raise UserError("--quant nf4 is for real models; the built-in model is too small to gain from it, use --quant none")
-    defaults = {**GAMES[args.game].paper, "save_every": 5, **(GAMES[args.game].tiny if built_in else {})}
-    for name, (_, _, (test, meaning), _) in FLAGS.items():
-        key = name.replace("-", "_")
+    for key, value in {**GAMES[args.game].real, **(GAMES[args.game].tiny if built_in else {})}.items():
         if getattr(args, key) is None:
-            setattr(args, key, defaults.get(key))
-        if getattr(args, key) is not None and not test(getattr(args, key)):
-            raise UserError(f"--{name} {getattr(args, key)} is out of range; it must be {meaning}")
+            setattr(args, key, value)
+    if built_in and args.quant == "nf4":
+        raise UserError("--quant nf4 is for real models, the built-in one would gain nothing; use --quant none")
     if args.games % args.group_size:
         raise UserError(f"--games {args.games} is not divisible by --group-size {args.group_size}; change one of them")
     if args.baseline == "group" and args.group_size == 1:
@@ -114,7 +111,6 @@ class Run:
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / "config.json", json.dumps(config(args), indent=1))
-        self.llm.model.peft_config["default"].base_model_name_or_path = args.model
 
     # ------------------------------------------------------------------------------------------------ play
 
@@ -137,11 +133,9 @@ class Run:
     def snapshot(self, number):
         """The policy of snapshot `number`, in an adapter slot of its own while this iteration lasts."""
         if number not in self.slots:
-            free = f"past{len(self.slots)}"
-            if free not in self.llm.model.peft_config:
-                self.llm.model.add_adapter(free, self.llm.model.peft_config["default"])
-            self.llm.set_weights(free, self.folder / "snapshots" / f"{number:06d}")
-            self.slots[number] = Policy(self.llm, free)
+            slot = f"past{len(self.slots)}"
+            self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", slot)
+            self.slots[number] = Policy(self.llm, slot)
         return self.slots[number]
 
     # ---------------------------------------------------------------------------------------------- learn
@@ -153,7 +147,7 @@ class Run:
         mask = (torch.arange(args.rounds) < lengths[:, None]).float()
         own, other = torch.zeros(2, len(learners), args.rounds)
         for b, (m, seat, _) in enumerate(learners):
-            rewards = torch.tensor(m.rewards(args.game))
+            rewards = torch.tensor([this.points for this in m.played]).T / GAMES[args.game].scale  # [2, rounds played]
             own[b, :lengths[b]], other[b, :lengths[b]] = rewards[seat], rewards[1 - seat]
         group = torch.tensor([2 * g * (args.baseline == "group") + seat for _, seat, g in learners])
         A_own, A_other = (advantages(returns_to_go(r, args.gamma), group, mask) for r in (own, other))
@@ -258,9 +252,7 @@ class Run:
 
 def config(args):
     """What config.json says of a run: the settings, and the versions that made it."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-                "peft": peft.__version__, "numpy": np.__version__}
-    return {**{k: v for k, v in vars(args).items() if k not in ("resume", "out")}, "versions": versions}
+    return {**{k: v for k, v in vars(args).items() if k not in ("resume", "out")}, "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}}
 
 
 def transcript(iteration, match, live):

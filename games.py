@@ -1,25 +1,32 @@
-"""The games, their wording, and the scripted players. No tokens, no tensors: text and numbers only.
+"""The games, their wording, the scripted players, and the loop that plays them. No tokens, no tensors: text and numbers only.
 
 A game is a generator. It yields the turns it wants answered now and receives the replies; when a round is scored it
 yields a `Round`. To add one, write such a generator and enter it in `GAMES` (the README has a twenty-line example).
-A scripted player is a function of `Turn.view`, the facts of a turn as data, so that it never has to parse prose.
+Scripted players look at `Turn.view`, the facts of a turn as data, so that nobody has to parse prose.
 """
+import argparse
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 
-HANDS = ("rock", "paper", "scissors")
-BEATS = {"rock": "scissors", "scissors": "paper", "paper": "rock"}  # BEATS[x] is the hand that x beats
+HANDS, BEATS = ("rock", "paper", "scissors"), {"rock": "scissors", "scissors": "paper", "paper": "rock"}
 BEATEN_BY = {loser: winner for winner, loser in BEATS.items()}
 COUNTS = tuple(str(n) for n in range(11))
-ITEMS = ("hats", "books", "balls")
 TRIPLES = tuple(f"{a} {b} {c}" for a in COUNTS for b in COUNTS for c in COUNTS)
+VALUES = [(10, 1, 1), (1, 10, 1), (1, 1, 10)], [(10, 10, 1), (10, 1, 10), (1, 10, 10)]  # equal sums within a list
 
 
 class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors too."""
+
+    def error(self, message):
+        raise UserError(message)
 
 
 @dataclass
@@ -42,8 +49,6 @@ class Round:
     facts: tuple
 
 
-# ---------------------------------------------------------------------------------------------------- matrix games
-
 def matrix_game(cc, cd, dc, dd):
     """A symmetric two-by-two game. `cd` is (my points, the other's) when I choose A (cooperate) and the other B."""
     points = {("A", "A"): cc, ("A", "B"): cd, ("B", "A"): dc, ("B", "B"): dd}
@@ -58,17 +63,19 @@ def matrix_game(cc, cd, dc, dd):
         past, texts = ([], []), (rules, rules)  # past[seat]: (I cooperated, the other did) of every round so far
         for _ in range(rounds):
             moves = yield [Turn(s, texts[s], ("A", "B"), {"kind": "move", "past": past[s]}) for s in (0, 1)]
-            coop = tuple(move == "A" for move in moves)
-            for s in (0, 1):
-                past[s].append((coop[s], coop[1 - s]))
-            yield Round(tuple(points[moves[s], moves[1 - s]][0] for s in (0, 1)), max(sum(p) for p in points.values()),
-                        tuple({"coop": coop[s], "move": moves[s]} for s in (0, 1)))
-            texts = [f"The other chose {moves[1 - s]}. You get {points[moves[s], moves[1 - s]][0]} points and the other "
-                     f"gets {points[moves[s], moves[1 - s]][1]}.\nNext round. Do you choose A or B?" for s in (0, 1)]
+            mine, coop = points[moves[0], moves[1]], [move == "A" for move in moves]
+            yield scored(past, mine, max(map(sum, points.values())), [{"coop": coop[s], "move": moves[s]} for s in (0, 1)])
+            texts = [f"The other chose {moves[1 - s]}. You get {mine[s]} points and the other gets {mine[1 - s]}.\nNext round. "
+                     "Do you choose A or B?" for s in (0, 1)]
     return game
 
 
-# -------------------------------------------------------------------------------------------------- Trust-and-Split
+def scored(past, points, best, facts):
+    """The Round, also entered into each seat's `past`."""
+    for s in (0, 1):
+        past[s].append((facts[s]["coop"], facts[1 - s]["coop"]))
+    return Round(tuple(points), best, tuple(facts))
+
 
 TRUST_RULES = (
     "You play a game of many rounds with another player. In every round 10 coins are split between you two.\n"
@@ -78,35 +85,31 @@ TRUST_RULES = (
     "each of you.\nYou see only your own hand. First each of you sends the other one short message, for example to tell "
     "your hand. Then both say at the same time how many of the 10 coins they keep, from 0 to 10. If the two numbers add "
     "up to more than 10, the coins are shared in proportion to the numbers.\nAfter every round you are told which hand "
-    "the other had and how many coins it kept. Your goal is to collect as many points as you can over the whole game.")
+    "the other had and how many coins it kept. Your goal is to collect as many points as you can over the whole game.\n"
+    "The first round begins.")
 
 
 def trust_split(rng, rounds, max_tokens=24):
     """Trust-and-Split (arXiv 2511.19405): private hands, one message each, then both keep 0..10 of ten coins."""
-    past, news = ([], []), (TRUST_RULES + "\nThe first round begins.", ) * 2
-    starter = int(rng.integers(2))
+    past, news, starter = ([], []), (TRUST_RULES, TRUST_RULES), int(rng.integers(2))
     for t in range(rounds):
         upper, winner = int(rng.integers(2)), HANDS[rng.integers(3)]
         hands = (winner, BEATS[winner]) if upper == 0 else (BEATS[winner], winner)
+        views, said = [{"hand": hands[s], "past": past[s], "claim": None} for s in (0, 1)], ["", ""]
         first = (starter + t) % 2
-        views = [{"hand": hands[s], "past": past[s], "claim": None} for s in (0, 1)]
-        said, heard = ["", ""], ["", ""]  # heard[s] is what seat s has not yet been told about the other's message
         for s in (first, 1 - first):
-            text = f"{news[s]}\nYour hand is {hands[s]}. {heard[s]}Write your message to the other player, one short sentence."
+            heard = f'The other player says: "{said[first]}"\n' if s != first else ""
+            text = f"{news[s]}\nYour hand is {hands[s]}. {heard}Write your message to the other player, one short sentence."
             [reply] = yield [Turn(s, text, None, {**views[s], "kind": "message"}, max_tokens)]
             said[s] = " ".join(reply.split())[:10 * max_tokens]
             views[1 - s]["claim"] = claim(said[s])
-            heard[1 - s] = f'The other player says: "{said[s]}"\n'
-        ask = "How many coins do you keep? Answer with a number from 0 to 10."
-        texts = [(heard[s] if s == first else "") + ask for s in (0, 1)]
+        texts = [f'The other player said: "{said[1 - s]}"\nYour hand is {hands[s]}. How many coins do you keep? Answer with a '
+                 "number from 0 to 10." for s in (0, 1)]
         kept = [int(n) for n in (yield [Turn(s, texts[s], COUNTS, {**views[s], "kind": "keep"}) for s in (0, 1)])]
         coins = share(*kept)
-        points = tuple(coins[s] * (10 if s == upper else 1) for s in (0, 1))
-        facts = tuple({"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "kept": kept[s],
-                       "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5} for s in (0, 1))
-        for s in (0, 1):
-            past[s].append((facts[s]["coop"], facts[1 - s]["coop"]))
-        yield Round(points, 100, facts)
+        yield scored(past, [coins[s] * (10 if s == upper else 1) for s in (0, 1)], 100, [
+            {"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "kept": kept[s],
+             "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5} for s in (0, 1)])
         news = [f"The other had the {'upper' if 1 - s == upper else 'lower'} hand and kept {kept[1 - s]}.\nNext round."
                 for s in (0, 1)]
 
@@ -122,105 +125,92 @@ def share(p, q):
     return (p, q) if p + q <= 10 else (10 * p / (p + q), 10 * q / (p + q))
 
 
-# ------------------------------------------------------------------------------------------------------------ Split
-
 SPLIT_RULES = (
     "You play a game of many rounds with another player. In every round 10 hats, 10 books and 10 balls are split between "
     "you two. Every item is worth 1 or 10 points to you, and may be worth something else to the other. Both say at the "
     "same time how many hats, books and balls they keep, each from 0 to 10. Where the two numbers for an item add up to "
     "more than 10, that item is shared in proportion to the numbers.\nAfter every round you are told what the other kept. "
     "Your goal is to collect as many points as you can over the whole game. Always answer with three numbers for hats, "
-    "books and balls, such as 5 5 5.")
-VALUES = [(10, 1, 1), (1, 10, 1), (1, 1, 10)], [(10, 10, 1), (10, 1, 10), (1, 10, 10)]  # equal sums within a list
+    "books and balls, such as 5 5 5.\nThe first round begins.")
 
 
 def split(rng, rounds, max_tokens=0):
     """Open values, no messages: both keep 0..10 of ten hats, ten books and ten balls; each item shared like the coins."""
-    past, news = ([], []), (SPLIT_RULES + "\nThe first round begins.", ) * 2
+    past, news = ([], []), (SPLIT_RULES, SPLIT_RULES)
     for _ in range(rounds):
         options = VALUES[rng.integers(2)]
         values = [options[i] for i in rng.permutation(3)[:2]]  # two different vectors: at least one item valued differently
         texts = ["{}\nTo you: hats {}, books {}, balls {}. To the other: hats {}, books {}, balls {}.\nHow many do you keep?"
                  .format(news[s], *values[s], *values[1 - s]) for s in (0, 1)]
-        replies = yield [Turn(s, texts[s], TRIPLES, {"kind": "keep", "values": values[s], "other": values[1 - s],
-                                                     "past": past[s]}) for s in (0, 1)]
+        views = [{"kind": "keep", "values": values[s], "other": values[1 - s], "past": past[s]} for s in (0, 1)]
+        replies = yield [Turn(s, texts[s], TRIPLES, views[s]) for s in (0, 1)]
         kept = [[int(n) for n in reply.split()] for reply in replies]
         shares = [share(p, q) for p, q in zip(*kept)]  # one (seat 0, seat 1) pair per item
-        points = tuple(sum(v * item[s] for v, item in zip(values[s], shares)) for s in (0, 1))
-        facts = []
-        for s in (0, 1):
-            gap = list(zip(kept[s], values[s], values[1 - s]))
-            facts.append({"kept": kept[s], "values": values[s], "high": [k for k, mine, other in gap if mine > other],
-                          "low": [k for k, mine, other in gap if mine < other]})
-            facts[s]["coop"] = sum(facts[s]["low"]) < 5 * len(facts[s]["low"])
-        for s in (0, 1):
-            past[s].append((facts[s]["coop"], facts[1 - s]["coop"]))
-        yield Round(points, 10 * sum(max(pair) for pair in zip(*values)), tuple(facts))
+        facts = [{"kept": kept[s], "values": values[s],
+                  "high": [k for k, mine, other in zip(kept[s], values[s], values[1 - s]) if mine > other],
+                  "low": [k for k, mine, other in zip(kept[s], values[s], values[1 - s]) if mine < other]} for s in (0, 1)]
+        for fact in facts:
+            fact["coop"] = sum(fact["low"]) < 5 * len(fact["low"])
+        points = [sum(v * item[s] for v, item in zip(values[s], shares)) for s in (0, 1)]
+        yield scored(past, points, 10 * sum(map(max, *values)), facts)
         news = ["The other kept {} hats, {} books and {} balls.\nNext round.".format(*kept[1 - s]) for s in (0, 1)]
 
 
-# ---------------------------------------------------------------------------------------------------------- registry
-
 @dataclass
 class Game:
-    """A game with its reward scale (points per unit of reward) and its defaults: `paper` for real models, as published
-    (arXiv 2511.19405) but for fewer games and a larger learning rate; `tiny` are the changes for the built-in model."""
+    """A game with its reward scale (points per unit of reward) and its defaults: `real` for real models, as published (arXiv
+    2511.19405) but for fewer games and a larger learning rate; `tiny` is what changes for the built-in model."""
     play: callable
     scale: float
-    paper: dict
+    real: dict
     tiny: dict
-    message: bool = False
 
 
-BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40)
-TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=8)
-_matrix = dict(paper={**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.},
-               tiny={**TINY, "beta": 2., "entropy": .01})
+BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
+TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=8, save_every=1)
+MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
 GAMES = {
-    "ipd": Game(matrix_game((3, 3), (0, 5), (5, 0), (1, 1)), 5, **_matrix),
-    "stag_hunt": Game(matrix_game((4, 4), (0, 3), (3, 0), (3, 3)), 5, **_matrix),
-    "chicken": Game(matrix_game((3, 3), (1, 4), (4, 1), (0, 0)), 5, **_matrix),
+    "ipd": Game(matrix_game((3, 3), (0, 5), (5, 0), (1, 1)), 5, *MATRIX),
+    "stag_hunt": Game(matrix_game((4, 4), (0, 3), (3, 0), (3, 3)), 5, *MATRIX),
+    "chicken": Game(matrix_game((3, 3), (1, 4), (4, 1), (0, 0)), 5, *MATRIX),
     "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001},
-                        {**TINY, "group_size": 8, "lr": 5e-4, "beta": 20., "entropy": .02, "kl": 0.}, message=True),
+                        {**TINY, "group_size": 8, "beta": 5., "entropy": .02, "kl": 0.}),
     "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001},
-                  {**TINY, "group_size": 8, "lr": 5e-4, "beta": 10., "entropy": .02, "kl": 0.}),
+                  {**TINY, "group_size": 8, "beta": 5., "entropy": .02, "kl": 0.}),
+}
+STYLES = {  # past: (I cooperated, the other did) of every round, None where that could not be told
+    "cooperate": lambda past: "fair",
+    "defect": lambda past: "greedy",
+    "tit_for_tat": lambda past: "greedy" if past and past[-1][1] is False else "fair",
+    "grim": lambda past: "greedy" if any(c is False for _, c in past) else "fair",
+    "random": lambda past: "random",
+    "liar": lambda past: "liar",
 }
 
 
-# ---------------------------------------------------------------------------------------------------- scripted players
+def players(game):
+    """Names of the scripted players of a game: `liar` needs one with messages."""
+    return [name for name in STYLES if name != "liar" or game == "trust_split"]
+
 
 def answer(view, style, rng):
-    """The reply of a player that is, this turn, "fair", "greedy", "random" or a "liar" (who is greedy and claims to win)."""
+    """The reply of a player that is, this turn, "fair", "greedy", "random" or a "liar" (greedy, and claims to win)."""
     if view["kind"] == "move":
         return "AB"[rng.integers(2)] if style == "random" else "A" if style == "fair" else "B"
     if view["kind"] == "message":
-        hand = view["hand"]
-        if style == "random":
-            hand = HANDS[rng.integers(3)]
-        elif style == "liar":  # the hand that beats the other's, or, not knowing it, the one that would beat its own
+        hand = HANDS[rng.integers(3)] if style == "random" else view["hand"]
+        if style == "liar":  # the hand that beats the other's, or, not knowing it, the one that would beat its own
             hand = BEATEN_BY[view["claim"] or BEATEN_BY[hand]]
         return f"My hand is {hand}."
     if "values" in view:
-        if style == "random":
-            return " ".join(str(n) for n in rng.integers(11, size=3))
         wish = [10 if style != "fair" or mine > other else 5 if mine == other else 0
                 for mine, other in zip(view["values"], view["other"])]
-        return "{} {} {}".format(*wish)
+        return "{} {} {}".format(*(rng.integers(11, size=3) if style == "random" else wish))
     if style == "random":
         return COUNTS[rng.integers(11)]
     if style != "fair" or BEATS[view["hand"]] == view["claim"]:
         return "10"
     return "0" if BEATEN_BY[view["hand"]] == view["claim"] else "5"  # without a believable claim, half
-
-
-STYLES = {  # past: (I cooperated, the other did) of every round, None where that could not be told
-    "cooperate": lambda past: "fair",
-    "defect": lambda past: "greedy",
-    "tit_for_tat": lambda past: "greedy" if [c for _, c in past if c is not None][-1:] == [False] else "fair",
-    "grim": lambda past: "greedy" if any(c is False for _, c in past) else "fair",
-    "random": lambda past: "random",
-    "liar": lambda past: "liar",
-}
 
 
 class Scripted:
@@ -235,45 +225,9 @@ class Scripted:
 
     def reply(self, keys, turns):
         """Replies (list of str) to `turns`; `keys[i]` = (game, seat) says whose turn it is."""
-        replies = []
-        for key, turn in zip(keys, turns):
-            rng = self.rngs[key]
-            style = "random" if self.noise and rng.random() < self.noise else STYLES[self.name](turn.view["past"])
-            replies.append(answer(turn.view, style, rng))
-        return replies
-
-
-def players(game):
-    """Names of the scripted players of a game: `liar` needs a game with messages."""
-    return [name for name in STYLES if name != "liar" or GAMES[game].message]
-
-
-def indicators(rounds, seat):
-    """What one seat did in one game, as {name: list of numbers}, ready to be pooled over games and averaged.
-
-    Matrix games: p_c_first and p_c_XY, cooperation after own move X and the other's Y. `trust_split`: honesty, keep_upper,
-    keep_lower; `split`: keep_high, keep_low (items worth more, or less, to oneself than to the other). The suffixes
-    _after_fair and _after_greedy restrict to rounds after which the other last had, and took or passed up, its chance.
-    """
-    out, last = {}, None
-    for t, this in enumerate(rounds):
-        me = this.facts[seat]
-        seen = {"cooperation": [float(me["coop"])] if me["coop"] is not None else []}
-        if "move" in me:
-            before = rounds[t - 1].facts if t else None
-            state = "".join("dc"[f["coop"]] for f in (before[seat], before[1 - seat])) if t else "first"
-            seen[f"p_c_{state}"] = seen["cooperation"]
-        elif "upper" in me:
-            seen.update({"honesty": [float(me["honest"])], "keep_upper" if me["upper"] else "keep_lower": [me["kept"]]})
-        else:
-            seen.update(keep_high=me["high"], keep_low=me["low"])
-        for name, values in seen.items():
-            out.setdefault(name, []).extend(values)
-            if last is not None and "move" not in me:
-                out.setdefault(f"{name}_after_{'fair' if last else 'greedy'}", []).extend(values)
-        other = this.facts[1 - seat]["coop"]
-        last = other if other is not None else last
-    return out
+        styles = ["random" if self.noise and self.rngs[key].random() < self.noise else STYLES[self.name](turn.view["past"])
+                  for key, turn in zip(keys, turns)]
+        return [answer(turn.view, style, self.rngs[key]) for key, turn, style in zip(keys, turns, styles)]
 
 
 @dataclass
@@ -287,31 +241,25 @@ class Match:
     played: list = field(default_factory=list)
     log: list = field(default_factory=list)
 
-    def rewards(self, game):
-        """Points of both seats over the rounds played, in units of the game's scale: [[seat 0], [seat 1]]."""
-        return [[this.points[s] / GAMES[game].scale for this in self.played] for s in (0, 1)]
-
 
 def play(game, matches, seed, max_tokens):
     """Play all `matches` of `game` at once, in place. `seed` is a list of ints; messages hold at most `max_tokens` tokens.
-    Agents have begin(seed, keys) and reply(keys, turns), keys being (match number, seat)."""
+    An agent has begin(seed, keys) and reply(keys, turns), keys being (match number, seat); see Scripted."""
     for agent in dict.fromkeys(agent for m in matches for agent in m.agents):
         agent.begin([*seed, 1], [(m.number, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
     live = [(m, GAMES[game].play(np.random.default_rng([*seed, 0, m.deal]), m.rounds, max_tokens), None) for m in matches]
     while live:
         waiting, asked = [], defaultdict(list)
         for m, rules, replies in live:
-            try:
-                step = rules.send(replies)
-                while isinstance(step, Round):
-                    m.played.append(step)
-                    step = rules.send(None)
-            except StopIteration:
-                continue
-            waiting.append((m, rules, [None] * len(step)))
-            for n, turn in enumerate(step):
-                turn.view["round"] = len(m.played)
-                asked[m.agents[turn.seat]].append((m, waiting[-1][2], n, turn))
+            step = advance(rules, replies)
+            while isinstance(step, Round):
+                m.played.append(step)
+                step = advance(rules, None)
+            if step:
+                waiting.append((m, rules, [None] * len(step)))
+                for n, turn in enumerate(step):
+                    turn.view["round"] = len(m.played)
+                    asked[m.agents[turn.seat]].append((m, waiting[-1][2], n, turn))
         for agent, todo in asked.items():
             replies = agent.reply([(m.number, turn.seat) for m, _, _, turn in todo], [turn for *_, turn in todo])
             for (m, answers, n, turn), reply in zip(todo, replies):
@@ -320,15 +268,49 @@ def play(game, matches, seed, max_tokens):
         live = waiting
 
 
+def advance(rules, replies):
+    """What a game yields next, None when it is over."""
+    try:
+        return rules.send(replies)
+    except StopIteration:
+        return None
+
+
+def indicators(rounds, seat):
+    """What one seat did in one game, as {name: list of numbers}, ready to be pooled over games and averaged.
+
+    Matrix games: p_c_first and p_c_XY, cooperation after own move X and the other's Y. trust_split: honesty, keep_upper,
+    keep_lower; split: keep_high, keep_low (items worth more, or less, to oneself than to the other). The suffixes
+    _after_fair and _after_greedy restrict to rounds after which the other last had, and took or passed up, its chance.
+    """
+    out, last = defaultdict(list), None
+    for t, this in enumerate(rounds):
+        me, other = this.facts[seat], this.facts[1 - seat]
+        seen = {"cooperation": [float(me["coop"])] if me["coop"] is not None else []}
+        if "move" in me:
+            before = rounds[t - 1].facts
+            state = "dc"[before[seat]["coop"]] + "dc"[before[1 - seat]["coop"]] if t else "first"
+            seen[f"p_c_{state}"] = seen["cooperation"]
+        elif "upper" in me:
+            seen.update({"honesty": [float(me["honest"])], "keep_upper" if me["upper"] else "keep_lower": [me["kept"]]})
+        else:
+            seen.update(keep_high=me["high"], keep_low=me["low"])
+        for name, values in seen.items():
+            out[name] += values
+            if last is not None and "move" not in me:
+                out[f"{name}_after_{'fair' if last else 'greedy'}"] += values
+        last = other["coop"] if other["coop"] is not None else last
+    return out
+
+
 def summarize(sides):
     """Means over `sides`, a list of (Match, seat): points per round of the seat and of the other, welfare (share of the best
     joint score), and the indicators of the game; None where nothing was seen."""
-    seen = {}
+    seen = defaultdict(list)
     for m, seat in sides:
-        for this in m.played:
-            seen.setdefault("points", []).append(this.points[seat])
-            seen.setdefault("points_other", []).append(this.points[1 - seat])
-            seen.setdefault("welfare", []).append(sum(this.points) / this.best)
+        seen["points"] += [this.points[seat] for this in m.played]
+        seen["points_other"] += [this.points[1 - seat] for this in m.played]
+        seen["welfare"] += [sum(this.points) / this.best for this in m.played]
         for name, values in indicators(m.played, seat).items():
-            seen.setdefault(name, []).extend(values)
+            seen[name] += values
     return {name: float(np.mean(values)) if values else None for name, values in seen.items()}

@@ -5,11 +5,12 @@ arXiv 2511.19405 (Advantage Alignment with a group-relative baseline); each form
 """
 import functools
 import os
-from dataclasses import dataclass
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicLayer
 
 
 def returns_to_go(rewards, gamma):
@@ -68,6 +69,21 @@ def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_co
     return per_token.sum() / total, ratio
 
 
+class OpeningLayer(DynamicLayer):
+    """A layer's keys and values [1, heads, P, width] of the common opening: records them, or, given them, puts them before
+    those of every row. It keeps nothing of the rows, so gradient checkpointing may run a layer twice."""
+
+    def __init__(self, opening=None):
+        super().__init__()
+        self.opening = opening
+
+    def update(self, k, v, *args, **kwargs):
+        if self.opening is None:
+            self.keys, self.values = k, v
+            return k, v
+        return tuple(torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(self.opening, (k, v)))
+
+
 def token_stats(llm, hidden, reference, target, legal):
     """Log-prob of the `target` ids (list), entropy, and KL to the model that gave `reference` (hidden states, or None for 0),
     all on the set each token was sampled from: hidden [n, width] -> three times [n], in nats. `legal` as in an Episode."""
@@ -84,15 +100,7 @@ def token_stats(llm, hidden, reference, target, legal):
     return logp.gather(1, target[:, None])[:, 0], -(p * finite).sum(-1), kl
 
 
-@dataclass
-class MicroBatch:
-    """n sampled tokens: the episode and round each belongs to, its log-prob in play; and, with gradient, now."""
-    row: torch.Tensor
-    round: torch.Tensor
-    logp_play: torch.Tensor
-    logp: torch.Tensor
-    entropy: torch.Tensor
-    kl: torch.Tensor
+MicroBatch = namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # each [n]; row: the index of the episode
 
 
 def score(llm, episodes, budget, reference=False, adapter="default"):
@@ -108,12 +116,18 @@ def score(llm, episodes, budget, reference=False, adapter="default"):
     if not order:
         return
     P = min(len(os.path.commonprefix([episodes[b].ids for b in order])), min(episodes[b].at[0] for b in order) - 1)
-    opening, grad = episodes[order[0]].ids[:P], torch.is_grad_enabled()
+
+    def read():  # (keys, values) per layer of the opening; none where there is no opening
+        layers = [OpeningLayer() for _ in range(llm.layers)]
+        if P:
+            llm.forward([episodes[order[0]].ids[:P]], [0], layers)
+        return [(layer.keys, layer.values) if P else None for layer in layers]
+
     with torch.no_grad(), llm.using(None):
-        ref_layers = llm.read(opening) if reference else None
+        ref_opening = read() if reference else None
     with llm.using(adapter):
-        layers = llm.read(opening)
-    leaves = [tuple(x.detach().requires_grad_(grad) for x in kv) for kv in layers]
+        opening = read()
+    leaves = [kv and tuple(x.detach().requires_grad_(torch.is_grad_enabled()) for x in kv) for kv in opening]
     while order:
         n = max(1, budget // max(1, len(episodes[order[0]].ids) - P))
         batch, order = order[:n], order[n:]
@@ -125,17 +139,16 @@ def score(llm, episodes, budget, reference=False, adapter="default"):
         ref = None
         if reference:
             with torch.no_grad(), llm.using(None):
-                ref = llm.follow(rows, P, ref_layers)[pick]
+                ref = llm.forward(rows, [P] * len(rows), [OpeningLayer(kv) for kv in ref_opening])[pick]
         with llm.using(adapter):
-            hidden = llm.follow(rows, P, leaves)[pick]
+            hidden = llm.forward(rows, [P] * len(rows), [OpeningLayer(kv) for kv in leaves])[pick]
         choices = sum(ids is not None for ids in legal)
         slices = [slice(0, choices)] + [slice(k, k + llm.slice) for k in range(choices, len(tokens), llm.slice)]
-        stats = [checkpoint(token_stats, llm, hidden[s], None if ref is None else ref[s], target[s], legal[s],
+        stats = [checkpoint(functools.partial(token_stats, llm, hidden[s], None if ref is None else ref[s], target[s], legal[s]),
                             use_reentrant=False) for s in slices if legal[s]]
         as_tensor = functools.partial(torch.tensor, device=hidden.device)
         yield MicroBatch(as_tensor([batch[r] for r, _, _ in tokens]), as_tensor([e.round[k] for _, e, k in tokens]),
                          as_tensor([e.logp[k] for _, e, k in tokens]), *(torch.cat(column) for column in zip(*stats)))
-    if grad and P:
-        pairs = [(x, leaf.grad) for kv, kv_leaf in zip(layers, leaves) for x, leaf in zip(kv, kv_leaf) if leaf.grad is not None]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs))
+    gathered = [(x, leaf.grad) for kv, pair in zip(opening, leaves) if kv for x, leaf in zip(kv, pair) if leaf.grad is not None]
+    if gathered:
+        torch.autograd.backward(*zip(*gathered))

@@ -1,22 +1,27 @@
-"""Models as players: loading, chat framing, exact choices, batched play over a kept cache, and scoring for the update.
+"""Models as players: loading, chat framing, exact choices, and batched play over a kept cache; other players by name.
 
 Ids in, ids out: what was sampled is stored as ids and never tokenized again. A game's text goes through the chat template's
 own strings, learned once at load. A choice is sampled on a trie over the legal replies; what all of them share is written,
-not sampled. Every token of a conversation goes through the model once in play, and the opening all rows share once per batch.
+not sampled. Every token of a conversation goes through the model once, and the opening that all rows share once per batch.
 
-Axes: B rows (conversations), S tokens, P tokens of the common opening, N sampled tokens, U candidate ids, V vocabulary.
+Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary.
 """
+import concurrent.futures
 import contextlib
 import functools
+import logging
 import os
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
-import peft
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels while it is imported
+import peft  # noqa: E402
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
@@ -33,52 +38,49 @@ class Framing:
     first   everything before the first user text       reply   closes a user turn and opens the assistant's
     end     the end-of-turn token, part of the action   again   what follows it, up to the next user text
     control ids that no quoted text and no sampled message may contain, `end` included
-    Raises UserError where appending turns would not reproduce the template (thinking blocks kept empty are allowed).
+    Raises UserError where appending turns does not reproduce the template. The one exception: what only the last reply is
+    opened with (Qwen3's empty thinking block) stays in the history too, so that play and update see the same conversation.
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
+        self.tokenizer, self.cache, added = tokenizer, {}, tokenizer.added_tokens_decoder
         talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
-        marks = [f"text{n}mark" for n in range(5)]
-        parts = re.split("|".join(marks), self._render(marks))
-        refuse = UserError("the chat template of this model cannot be framed turn by turn (its turns are not simply "
-                           "appended); choose another instruct model")
-        if len(parts) != 6 or parts[1] != parts[3] or parts[2] != parts[4] or not parts[5].startswith(parts[1]):
-            raise refuse
-        first, history, again, reply = parts[0], parts[1], parts[2], parts[5]
-        if self._render(talk) != "".join(a + b for a, b in zip([first, history, again, history, again], talk)) + reply:
-            raise refuse
+        first, history, again, *rest, reply = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
         ids = functools.partial(tokenizer.encode, add_special_tokens=False)
-        self.first, self.reply, (self.end, *self.again) = ids(first), ids(reply), ids(again)
+        self.first, self.reply, (self.end, *self.again) = ids(first), ids(reply), ids(again) or [-1]
         special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        self.control = special | set(added).intersection(self.first, self.reply, [self.end], self.again)
-        names = [added[i].content if i in added else tokenizer.convert_ids_to_tokens(i) for i in self.control]
-        self._inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
-        self._cache = {}
+        self.control = special | set(added).intersection([*self.first, *self.reply, self.end, *self.again])
+        names = tokenizer.convert_ids_to_tokens(sorted(self.control))
+        self.inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
         mine = self.user(talk[0], True) + self.encode(talk[1]) + [self.end] + self.user(talk[2])
         mine += self.encode(talk[3]) + [self.end] + self.user(talk[4])
-        whole = "".join(a + b for a, b in zip([first, reply, again, reply, again], talk)) + reply
-        if self.end not in self.control or mine != ids(whole):
-            raise refuse
+        as_sent = "".join(a + b for a, b in zip([first, reply, again, reply, again], talk)) + reply
+        as_kept = "".join(a + b for a, b in zip([first, history, again, history, again], talk)) + reply
+        if (rest != [history, again] or not reply.startswith(history) or self.render(talk) != as_kept
+                or self.end not in self.control or mine != ids(as_sent)):
+            raise UserError("the chat template of this model cannot be framed turn by turn: whole conversations do not come "
+                            "out as their turns appended; choose another instruct model")
 
-    def _render(self, texts):
+    def render(self, texts):
+        """The template's text for a conversation that begins with the user and is to be answered."""
         chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         try:  # a fixed date, where a template writes one, keeps runs repeatable
-            return self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True,
-                                                      enable_thinking=False, date_string="1 January 2026")
+            out = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False,
+                                                     date_string="1 January 2026")
+            assert all(text in out for text in texts), "it drops what was said"
+            return out
         except Exception as error:  # templates raise whatever they like
-            raise UserError(f"this model has no usable chat template ({str(error).splitlines()[0]}); choose an "
+            raise UserError(f"this model has no usable chat template ({' '.join(str(error).split())[:120]}); choose an "
                             "instruct model") from error
 
     def encode(self, text):
-        """Ids of plain text; a control token spelled out in it stays text."""
-        if text not in self._cache:
-            if len(self._cache) > 50_000:
-                self._cache.clear()
-            pieces = self._inside.split(text)  # cut inside every control token's name
-            ids = self.tokenizer(pieces, add_special_tokens=False).input_ids
-            self._cache[text] = [i for piece in ids for i in piece if i not in self.control]
-        return self._cache[text]
+        """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""
+        if text not in self.cache:
+            if len(self.cache) > 50_000:
+                self.cache.clear()
+            pieces = self.tokenizer(self.inside.split(text), add_special_tokens=False).input_ids
+            self.cache[text] = [i for piece in pieces for i in piece if i not in self.control]
+        return self.cache[text]
 
     def user(self, text, first=False):
         """Ids of a user turn and of the opening of the assistant's turn that answers it."""
@@ -131,36 +133,18 @@ class SlotLayer(DynamicLayer):
         return self.keys[rows, :, :columns], self.values[rows, :, :columns]
 
 
-class OpeningLayer(DynamicLayer):
-    """Records the keys and values of the common opening, or, given them, puts them before those of every row. It keeps no
-    state of the rows, so gradient checkpointing may run a layer twice."""
-
-    def __init__(self, keys=None, values=None):
-        super().__init__()
-        self.opening = None if keys is None else (keys, values)
-
-    def update(self, k, v, *args, **kwargs):
-        if self.opening is None:
-            self.keys, self.values = k, v
-            return k, v
-        return tuple(torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(self.opening, (k, v)))
-
-
 class LLM:
-    """A causal language model with its adapters, and the two passes over it: `feed` in play, `score` in the update."""
+    """A causal language model, its adapters ("default" is the one that learns), and what play and update ask of it."""
 
-    def __init__(self, base, tokenizer, lora_rank=0, seed=0):
-        self.tokenizer, self.framing, self.base = tokenizer, Framing(tokenizer), base.eval()
+    def __init__(self, base, tokenizer, lora_rank=8, seed=0, name="tiny"):
+        self.tokenizer, self.framing, self.base, self.name = tokenizer, Framing(tokenizer), base.eval(), name
         self.device, self.decoder, self.head = base.device, base.get_decoder(), base.get_output_embeddings()
         config = base.config.get_text_config()
-        self.layers, self.window = config.num_hidden_layers, config.max_position_embeddings
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ["full_attention"]):
+        self.layers, self.window, V = config.num_hidden_layers, config.max_position_embeddings, self.head.weight.shape[0]
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             self.window = min(self.window, config.sliding_window)  # shorter conversations never notice the sliding
-        V = self.head.weight.shape[0]
-        self.allowed = torch.ones(V, dtype=torch.bool)  # what a message may consist of
-        self.allowed[[i for i in self.framing.control if i != self.framing.end]] = False
-        self.allowed[len(tokenizer):] = False  # rows of the head that pad the vocabulary
-        self.allowed = self.allowed.to(self.device)
+        self.allowed = torch.tensor([i < len(tokenizer) and (i not in self.framing.control or i == self.framing.end)
+                                     for i in range(V)], device=self.device)  # [V] what a message may consist of
         probe = torch.tensor([self.framing.user("Hello?", True)], device=self.device)
         with torch.no_grad():
             want, got = base(probe).logits[0].float(), self.logits(self.decoder(probe).last_hidden_state[0])
@@ -169,13 +153,14 @@ class LLM:
                             "supported; choose another model")
         self.slice, self.checkpointing, self.tries = max(16, 2 ** 24 // V), False, {}
         torch.manual_seed(seed)
-        lora = peft.LoraConfig(r=lora_rank or 8, lora_alpha=2 * (lora_rank or 8), target_modules="all-linear",
-                               task_type="CAUSAL_LM")
-        self.model = peft.get_peft_model(base, lora)
+        self.model = peft.get_peft_model(base, peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM",
+                                                               target_modules="all-linear"))
+        self.model.peft_config["default"].base_model_name_or_path = name
         for layer in self.decoder.layers:
-            layer.forward = functools.partial(self._layer, layer.forward)
+            layer.forward = functools.partial(self.layer_forward, layer.forward)
 
-    def _layer(self, forward, *args, **kwargs):
+    def layer_forward(self, forward, *args, **kwargs):
+        """A decoder layer, under gradient checkpointing where `checkpointing` asks for it."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
         return forward(*args, **kwargs)
@@ -183,13 +168,20 @@ class LLM:
     @contextlib.contextmanager
     def using(self, adapter):
         """Run under the adapter of that name, None for the model without any."""
-        if adapter is None:
-            with self.model.disable_adapter():
-                yield
-        else:
-            if self.model.active_adapter != adapter:
-                self.model.set_adapter(adapter)
+        if adapter is not None and self.model.active_adapter != adapter:
+            self.model.set_adapter(adapter)
+        with self.model.disable_adapter() if adapter is None else contextlib.nullcontext():
             yield
+
+    def forward(self, rows, starts, layers):
+        """Last hidden states [B, S, width] of rows of ids (padded right) whose first ids stand at the positions `starts`
+        (list); `layers` is one cache layer per layer of the model. Gradient as set outside."""
+        S = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (S - len(row)) for row in rows], device=self.device)
+        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(S, device=self.device)
+        mask = torch.arange(max(starts) + S, device=self.device) <= positions[:, :, None]  # a column is a position
+        return self.decoder(input_ids=ids, position_ids=positions, attention_mask=mask[:, None],
+                            past_key_values=Cache(layers=layers), use_cache=True).last_hidden_state
 
     def logits(self, hidden, columns=None):
         """hidden [n, width] -> float32 logits [n, V], or [n, U] of the ids `columns` [U] only."""
@@ -203,10 +195,10 @@ class LLM:
         ids), or None, the whole vocabulary, and mask [V] for messages (`legal` holds None)."""
         if legal[0] is None:
             return None, self.allowed
-        kinds = list(dict.fromkeys(legal))
+        kinds = {ids: n for n, ids in enumerate(dict.fromkeys(legal))}
         columns = sorted(set().union(*kinds))
         table = torch.tensor([[i in kind for i in columns] for kind in kinds])
-        return torch.tensor(columns, device=self.device), table[[kinds.index(ids) for ids in legal]].to(self.device)
+        return torch.tensor(columns, device=self.device), table[[kinds[ids] for ids in legal]].to(self.device)
 
     def trie(self, choices):
         """The trie of a tuple of legal replies, each closed by the end-of-turn token."""
@@ -214,48 +206,32 @@ class LLM:
             self.tries[choices] = build_trie({(*self.framing.encode(text), self.framing.end): text for text in choices})
         return self.tries[choices]
 
-    def forward(self, rows, starts, layers):
-        """Last hidden states [B, S, width] of rows of ids (padded right) whose first ids stand at the positions `starts`
-        (list); `layers` is one cache layer per layer of the model. Gradient as set outside."""
-        S = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (S - len(row)) for row in rows], device=self.device)
-        positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(S, device=self.device)
-        mask = torch.arange(max(starts) + S, device=self.device) <= positions[:, :, None]  # a column is a position
-        return self.decoder(input_ids=ids, position_ids=positions, attention_mask=mask[:, None],
-                            past_key_values=Cache(layers=layers), use_cache=True).last_hidden_state
-
-    def read(self, ids):
-        """(keys, values) of every layer [1, heads, P, width] for the opening `ids` [P], which may be empty."""
-        layers = [OpeningLayer() for _ in range(self.layers)]
-        if ids:
-            self.forward([ids], [0], layers)
-        return [(layer.keys, layer.values) for layer in layers if ids]
-
-    def follow(self, rows, P, opening):
-        """Hidden states [B, S, width] of rows of ids after an opening of P tokens read before."""
-        return self.forward(rows, [P] * len(rows), [OpeningLayer(*kv) for kv in opening or [()] * self.layers])
-
     def save_adapter(self, folder, adapter="default"):
         """Write an adapter in PEFT's format, the weights replaced whole."""
         os.makedirs(folder, exist_ok=True)
         weights = peft.get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
-        save_file({k: v.contiguous() for k, v in weights.items()}, os.path.join(folder, "new"))
-        os.replace(os.path.join(folder, "new"), os.path.join(folder, "adapter_model.safetensors"))
-        if not os.path.exists(os.path.join(folder, "adapter_config.json")):
-            self.model.peft_config[adapter].save_pretrained(folder)
+        save_file({k: v.contiguous() for k, v in weights.items()}, os.path.join(folder, "adapter.new"))
+        os.replace(os.path.join(folder, "adapter.new"), os.path.join(folder, "adapter_model.safetensors"))
+        self.model.peft_config[adapter].save_pretrained(folder)
 
-    def set_weights(self, adapter, folder):
-        """Overwrite an adapter with the weights saved in `folder`."""
-        weights = load_file(os.path.join(folder, "adapter_model.safetensors"), device=str(self.device))
-        peft.set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
+    def load_adapter(self, folder, adapter):
+        """Put the adapter saved in `folder` under the name `adapter`. Raises UserError where it was trained on another base."""
+        try:
+            saved = peft.PeftConfig.from_pretrained(folder)
+            if saved.base_model_name_or_path != self.name:
+                raise UserError(f"the adapter in {folder} was trained on {saved.base_model_name_or_path}, not on {self.name}")
+            if adapter not in self.model.peft_config:
+                self.model.add_adapter(adapter, saved)
+            weights = load_file(os.path.join(folder, "adapter_model.safetensors"), device=str(self.device))
+            peft.set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"the adapter in {folder} is damaged ({' '.join(str(error).split())[:120]})") from error
 
     def token_budget(self):
-        """Tokens per micro-batch that fit: on a GPU by its free memory, else what keeps the caches of a CPU busy."""
-        if self.device.type != "cuda":
-            return 8192
+        """Tokens per micro-batch that fit: on a GPU by its free memory, on a CPU what its caches like."""
         config = self.base.config.get_text_config()
         per_token = 2 * config.hidden_size * (self.layers + 60) + 4 * config.intermediate_size  # bytes, with checkpointing
-        return max(1024, int(0.5 * torch.cuda.mem_get_info()[0] / per_token))
+        return 4096 if self.device.type == "cpu" else max(1024, int(0.5 * torch.cuda.mem_get_info()[0] / per_token))
 
 
 class Policy:
@@ -353,40 +329,107 @@ class Policy:
         return hidden[torch.arange(len(rows)), torch.tensor([len(ids) - 1 for ids in new])]
 
 
+class Human:
+    """The person at the terminal. Illegal input is asked again; the end of input leaves."""
+
+    def begin(self, seed, keys):
+        """Nothing to prepare."""
+
+    def reply(self, keys, turns):
+        """What the person types for each turn, one after the other."""
+        return [self.ask(*item) for item in zip(keys, turns)]
+
+    def ask(self, key, turn):
+        print(f"\n--- game {key[0] + 1}, you are player {key[1] + 1} ---\n{turn.text}")
+        while True:
+            try:
+                text = input("> ").strip()
+            except EOFError:
+                raise SystemExit(0) from None
+            if turn.choices is None or text in turn.choices:
+                return text
+            print(f"Please answer with one of: {', '.join(turn.choices[:11])}" + ", ..." * (len(turn.choices) > 11))
+
+
+class Remote:
+    """A model behind an OpenAI-compatible chat endpoint (OPENAI_BASE_URL, OPENAI_API_KEY). `invalid` counts the turns on which
+    it gave no legal reply in three tries, or none at all; then a uniformly random legal reply (an empty message) stands in."""
+
+    def __init__(self, model):
+        try:
+            import openai
+            self.client, self.errors = openai.OpenAI(max_retries=4, timeout=60), openai.OpenAIError
+        except ImportError:
+            raise UserError("api: players need the openai package; pip install openai") from None
+        except openai.OpenAIError as error:
+            raise UserError(f"api: players need OPENAI_API_KEY and, for another server, OPENAI_BASE_URL ({error})") from None
+        self.model, self.invalid = model, 0
+
+    def begin(self, seed, keys):
+        """Forget all conversations; `seed` fixes the stand-in replies."""
+        self.chats, self.rngs = {key: [] for key in keys}, {key: np.random.default_rng([*seed, *key]) for key in keys}
+
+    def reply(self, keys, turns):
+        """Replies to `turns`, asked for at the same time."""
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            return list(pool.map(self.ask, keys, turns))
+
+    def ask(self, key, turn):
+        chat = self.chats[key]
+        chat.append({"role": "user", "content": turn.text})
+        text = None
+        for _ in range(3):
+            try:
+                answer = self.client.chat.completions.create(model=self.model, messages=chat, max_tokens=turn.max_tokens or 8)
+                said = (answer.choices[0].message.content or "").strip()
+            except (self.errors, ValueError, AttributeError, TypeError, IndexError):  # the last four: not an answer at all
+                continue
+            if turn.choices is None or said.strip(" .\"'") in turn.choices:
+                text = said if turn.choices is None else said.strip(" .\"'")
+                break
+        if text is None:
+            self.invalid += 1
+            text = turn.choices[self.rngs[key].integers(len(turn.choices))] if turn.choices else ""
+        chat.append({"role": "assistant", "content": text})
+        return text
+
+
 def load(name, quant, game, lora_rank=8, seed=0):
     """The model `name` ("tiny...", a folder, or a hub id) with a fresh adapter "default" of that rank, drawn from `seed`.
     quant "nf4": 4-bit weights; "none": float32 on the CPU, bfloat16 on the GPU. Raises UserError for what cannot be had."""
-    if name.startswith("tiny"):
+    if name.startswith("tiny") and not os.path.exists(name):
         import tiny  # here, since it builds on this file
-        base, tokenizer = tiny.load(name, game)
-        return LLM(base, tokenizer, lora_rank, seed)
+        return LLM(*tiny.load(name, game), lora_rank, seed, f"{name} {game}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if os.path.isdir(name) and not os.path.exists(os.path.join(name, "config.json")):
-        raise UserError(f"{name} is a folder without a model (no config.json); give a Hugging Face model folder, a hub id or tiny")
-    options = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    options = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32, "device_map": {"": device}}
     if quant == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=options["dtype"])
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            name, attn_implementation="sdpa", device_map={"": device}, use_safetensors=True, **options)
+        base = transformers.AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", use_safetensors=True, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"cannot load model {name!r} ({' '.join(str(error).split())[:200]}); give a Hugging Face model folder, "
-                        "a hub id that is cached or reachable, or --model tiny, which needs no download") from error
-    llm = LLM(base, tokenizer, lora_rank, seed)
+        raise UserError(f"cannot load the model {name} ({' '.join(str(error).split())[:160]}); give a Hugging Face model folder, "
+                        "a hub id that is cached or can be reached, or --model tiny, which needs no download") from error
+    llm = LLM(base, tokenizer, lora_rank, seed, name)
     llm.checkpointing = device.type == "cuda"
     return llm
 
 
 def find_agent(name, game, llm):
-    """The agent called `name`: a scripted player of `game`, "base" (the model without adapter), or the folder of a run or adapter."""
+    """The agent called `name`: a scripted player of `game`, "base" (the model without adapter), "human", "api:MODEL", or the
+    folder of a run or an adapter, to be loaded on `llm`. Raises UserError where there is none of that name."""
     if name in players(game):
         return Scripted(name)
+    if name == "human":
+        return Human()
+    if name.startswith("api:"):
+        return Remote(name[4:])
     if name == "base":
         return Policy(llm, None)
     folder = os.path.join(name, "adapter") if os.path.isdir(os.path.join(name, "adapter")) else name
-    if not os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
-        raise UserError(f"no agent is called {name!r}; give a run's folder, base, or one of {', '.join(players(game))}")
-    llm.model.load_adapter(folder, adapter_name=name.replace(".", "_"))
-    return Policy(llm, name.replace(".", "_"))
+    if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        raise UserError(f"no agent is called {name}; give a run's folder, base, human, api:MODEL or {', '.join(players(game))}")
+    adapter = re.sub(r"\W", "_", name)
+    llm.load_adapter(folder, adapter)
+    return Policy(llm, adapter)

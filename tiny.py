@@ -24,11 +24,11 @@ from rollout import Framing
 # Shares of the scripted players and the probability of a random reply. `tiny` has reciprocity in its prior, as an instruct
 # model has; `tiny-blind` has never seen anyone answer like with like.
 POPULATIONS = {
-    "tiny": {"matrix": ({"tit_for_tat": .45, "cooperate": .35, "defect": .2}, .1),
+    "tiny": {"matrix": ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .1),
              "split": ({"tit_for_tat": .4, "cooperate": .4, "defect": .2}, .15)},
     "tiny-blind": {"matrix": ({"cooperate": .7, "defect": .3}, .1), "split": ({"cooperate": .75, "defect": .25}, .15)},
 }
-WIDTH, LAYERS, HEAD_SCALE, STEPS, BATCH, LR, GAMES_SEEN, SEED = 64, 2, 20., 600, 32, 3e-3, 2048, 0
+WIDTH, MLP, LAYERS, HEAD_SCALE, STEPS, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 700, 16, 3e-3, 4096, 0
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
@@ -39,8 +39,7 @@ def conversations(name, game, count):
     population = {player: Scripted(player, noise) for player in shares}
     rng = np.random.default_rng(SEED)
     pairs = rng.choice(list(population), size=(count, 2), p=list(shares.values()))
-    rounds = GAMES[game].paper["rounds"]
-    matches = [Match(n, n, rounds, tuple(population[player] for player in pair)) for n, pair in enumerate(pairs)]
+    matches = [Match(n, n, int(rng.integers(1, 11)), tuple(population[player] for player in pair)) for n, pair in enumerate(pairs)]
     play(game, matches, [SEED], 40)
     return [[(text, reply) for seat, text, reply in match.log if seat == s] for match in matches for s in (0, 1)]
 
@@ -74,7 +73,7 @@ def warm_up(tokenizer, talks, steps=STEPS):
         rows.append((ids, mine))
     torch.manual_seed(SEED)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=8192, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=framing.end, pad_token_id=framing.end))
     with torch.no_grad():  # adapters leave the head alone, and a flat head would cap every probability they can reach
