@@ -49,7 +49,8 @@ class Framing:
         ids = functools.partial(tokenizer.encode, add_special_tokens=False)
         self.first, self.reply, (self.end, *self.again) = ids(first), ids(reply), ids(again) or [-1]
         special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        self.control = special | set(added).intersection([*self.first, *self.reply, self.end, *self.again])
+        self.control = special | {i for i in [*self.first, *self.reply, self.end, *self.again]  # not a mere line break
+                                  if i in added and added[i].content.strip()}
         names = tokenizer.convert_ids_to_tokens(sorted(self.control))
         self.inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
         mine = self.user(talk[0], True) + self.encode(talk[1]) + [self.end] + self.user(talk[2])
@@ -93,7 +94,7 @@ def build_trie(replies):
     for ids, reply in replies.items():
         node = root
         for i in ids[:-1]:
-            node = node.setdefault(i, {})
+            node = node.setdefault(i, {}) if isinstance(node, dict) else node
         if isinstance(node, str) or ids[-1] in node:
             raise ValueError(f"legal reply {reply!r} and another one begin with the same ids")
         node[ids[-1]] = reply
@@ -141,7 +142,7 @@ class LLM:
         self.device, self.decoder, self.head = base.device, base.get_decoder(), base.get_output_embeddings()
         config = base.config.get_text_config()
         self.layers, self.window, V = config.num_hidden_layers, config.max_position_embeddings, self.head.weight.shape[0]
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             self.window = min(self.window, config.sliding_window)  # shorter conversations never notice the sliding
         self.allowed = torch.tensor([i < len(tokenizer) and (i not in self.framing.control or i == self.framing.end)
                                      for i in range(V)], device=self.device)  # [V] what a message may consist of
@@ -168,10 +169,12 @@ class LLM:
     @contextlib.contextmanager
     def using(self, adapter):
         """Run under the adapter of that name, None for the model without any."""
-        if adapter is not None and self.model.active_adapter != adapter:
-            self.model.set_adapter(adapter)
         with self.model.disable_adapter() if adapter is None else contextlib.nullcontext():
+            if adapter not in (None, "default"):
+                self.model.set_adapter(adapter)
             yield
+        if adapter not in (None, "default"):
+            self.model.set_adapter("default")  # the active adapter is the one that requires gradients
 
     def forward(self, rows, starts, layers):
         """Last hidden states [B, S, width] of rows of ids (padded right) whose first ids stand at the positions `starts`
@@ -203,7 +206,10 @@ class LLM:
     def trie(self, choices):
         """The trie of a tuple of legal replies, each closed by the end-of-turn token."""
         if choices not in self.tries:
-            self.tries[choices] = build_trie({(*self.framing.encode(text), self.framing.end): text for text in choices})
+            replies = {(*self.framing.encode(text), self.framing.end): text for text in choices}
+            if len(replies) < len(choices):
+                raise ValueError("two legal replies have the same ids")
+            self.tries[choices] = build_trie(replies)
         return self.tries[choices]
 
     def save_adapter(self, folder, adapter="default"):
@@ -267,11 +273,13 @@ class Policy:
                     while isinstance(node, dict) and len(node) == 1:  # only one way on: written, not sampled
                         ids.extend(node)
                         [node] = node.values()
-                    if node is None and ids[-1] != llm.framing.end and len(ids) - start >= turn.max_tokens:
+                    ended = len(ids) > start and ids[-1] == llm.framing.end
+                    if node is None and not ended and len(ids) - start >= turn.max_tokens:
                         ids.append(llm.framing.end)  # cut: the end of turn was not its choice
+                        ended = True
                     if isinstance(node, str):
                         said[b] = node
-                    elif node is None and ids[-1] == llm.framing.end and len(ids) > start:
+                    elif node is None and ended:
                         said[b] = llm.tokenizer.decode(ids[start:-1])
                     else:
                         going.append((b, node, start, turn))
@@ -430,6 +438,6 @@ def find_agent(name, game, llm):
     folder = os.path.join(name, "adapter") if os.path.isdir(os.path.join(name, "adapter")) else name
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
         raise UserError(f"no agent is called {name}; give a run's folder, base, human, api:MODEL or {', '.join(players(game))}")
-    adapter = re.sub(r"\W", "_", name)
+    adapter = f"agent{len(llm.model.peft_config)}"
     llm.load_adapter(folder, adapter)
     return Policy(llm, adapter)

@@ -184,15 +184,6 @@ def test_any_legal_replies_conserve_coins_and_keep_points_in_bounds(game, picks,
             assert (sum(r.points) < wished - 1e-9) == any(p + q > 10 for p, q in zip(*(f["kept"] for f in r.facts)))
 
 
-def test_rewards_are_points_over_the_scale_of_the_game_per_seat():
-    [match] = games("ipd", (moves("AB"), moves("BB")), rounds=2)
-    assert match.rewards("ipd") == [[0, .2], [1, .2]]
-    [match] = games("trust_split", ("cooperate", "cooperate"), rounds=1)
-    assert sorted(match.rewards("trust_split")) == [[0], [1]]
-    [match] = games("split", ("cooperate", "cooperate"), rounds=1)
-    assert match.rewards("split")[0][0] in (1.05, 1.5)
-
-
 # ------------------------------------------------------------------------------------------------ deals and messages
 
 @pytest.mark.parametrize("game", ["trust_split", "split"])
