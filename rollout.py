@@ -169,9 +169,9 @@ class LLM:
     @contextlib.contextmanager
     def using(self, adapter):
         """Run under the adapter of that name, None for the model without any."""
+        if adapter is not None and self.model.active_adapter != adapter:
+            self.model.set_adapter(adapter)
         with self.model.disable_adapter() if adapter is None else contextlib.nullcontext():
-            if adapter not in (None, "default"):
-                self.model.set_adapter(adapter)
             yield
         if adapter not in (None, "default"):
             self.model.set_adapter("default")  # the active adapter is the one that requires gradients
