@@ -13,34 +13,35 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import sys
 import time
 from importlib import metadata
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from games import GAMES, Match, Parser, Scripted, UserError, play, players, summarize
+from games import GAMES, Match, Scripted, UserError, play, players, summarize
 from loss import advantages, credits, policy_loss, returns_to_go, score
 from rollout import Policy, find_agent, load
 
 SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
 
 
-def number(kind, low, high=float("inf")):
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=1e15):
     """An argparse type: an int or float from `low` to `high`."""
     def check(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {low} or more" + f", at most {high}" * (high < 9e9))
-        return value
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least {low}" + f" and at most {high}" * (high < 1e15))
+        return kind(text)
+    check.__name__ = "number"  # argparse says "invalid number value" with it
     return check
 
 
@@ -68,14 +69,13 @@ def parse(argv):
     add("--baseline", default="group", choices=["group", "batch"], help="whose mean return is the baseline (default: group)")
     add("--buffer", type=number(int, 0), default=30, help="past snapshots kept as opponents of half of the groups; 0: self-play "
         "only (default: 30)")
-    add("--opponent", help="a fixed agent in the other seat of every game: a scripted player, base, human, api:MODEL or a run's folder")
+    add("--opponent", help="a fixed agent in the other seat of every game: a scripted player, base, or a run's folder")
     add("--max-message-tokens", type=number(int, 0), help="longest message (tokens); 0: no talk")
     add("--lora-rank", type=count, help="rank r of the LoRA adapter; alpha is 2 r")
     add("--micro-batch-tokens", type=count, help="tokens per forward and backward pass (default: what fits); lower it when memory runs out")
     add("--seed", type=number(int, 0), default=0, help="fixes deals, sampling and the initial adapter (default: 0)")
     add("--out", help="folder of the run (default: runs/GAME-ALGO-sSEED, numbered where that exists)")
     add("--save-every", type=count, help="iterations between checkpoints")
-    add("--resume", nargs="?", const=True, metavar="RUN", help="go on with a run where it stopped")
     args = parser.parse_args(argv)
     if args.model == "auto":
         args.model = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
@@ -97,8 +97,8 @@ def parse(argv):
 class Run:
     """One training run: the model, its optimizer, the opponents, and the folder that all goes to."""
 
-    def __init__(self, args, folder, resume):
-        self.args, self.folder, self.iteration, self.busy, self.stopped = args, pathlib.Path(folder), 0, False, False
+    def __init__(self, args, folder):
+        self.args, self.folder, self.iteration = args, pathlib.Path(folder), 0
         self.llm = load(args.model, args.quant, args.game, args.lora_rank, args.seed)
         self.live, self.untrained = Policy(self.llm), Policy(self.llm, None)
         self.opponent = find_agent(args.opponent, args.game, self.llm) if args.opponent else None
@@ -106,13 +106,9 @@ class Run:
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=args.lr)
         self.budget = args.micro_batch_tokens or self.llm.token_budget()
         self.slots, self.past = {}, []  # adapters loaded for opponents; snapshot numbers to draw from
-        if resume:
-            self.restore()
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / "config.json", json.dumps(config(args), indent=1))
-
-    # ------------------------------------------------------------------------------------------------ play
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = {**vars(args), "versions": {n: metadata.version(n) for n in ("torch", "transformers", "peft", "tokenizers", "numpy")}}
+        write(self.folder / "config.json", json.dumps(config, indent=1))
 
     def draw(self):
         """The matches of this iteration and who learns: ([Match], [(match, seat, group)])."""
@@ -137,8 +133,6 @@ class Run:
             self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", slot)
             self.slots[number] = Policy(self.llm, slot)
         return self.slots[number]
-
-    # ---------------------------------------------------------------------------------------------- learn
 
     def credit(self, learners):
         """c [rows, T] of the learning seats, from points to credit (equations in loss.py)."""
@@ -169,7 +163,6 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.).item()
         if not np.isfinite([norm, *sums]).all():
             raise RuntimeError(f"iteration {self.iteration}: loss, gradient or log-prob is not finite")
-        self.busy = True  # from here to the checkpoint nothing is left half done
         self.optimizer.step()
         return {"entropy": sums[0].item() / N, "kl": sums[1].item() / N if args.kl else None, "grad_norm": norm,
                 "ratio_mean": sums[2].item() / N, "ratio_max": sums[3].item(), "tokens": sum(len(e.ids) for e in episodes),
@@ -194,49 +187,17 @@ class Run:
             line["points"] = line["welfare"] = None
         if self.iteration % TRANSCRIPTS_EVERY == 0 or self.iteration + 1 == args.iterations:
             shown = [matches[0], matches[-1]]
-            append(self.folder / "transcripts.jsonl", [transcript(self.iteration, m, self.live) for m in shown])
+            append(self.folder / "transcripts.jsonl", [{
+                "iteration": self.iteration, "players": ["trained" if x is self.live else "opponent" for x in m.agents],
+                "points": [this.points for this in m.played],
+                "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in m.log]} for m in shown])
         append(self.folder / "metrics.jsonl", [line])
         self.iteration += 1
         if self.iteration % args.save_every == 0 or self.iteration == args.iterations:
-            self.save()
-        self.busy = False
+            self.llm.save_adapter(self.folder / "adapter")
+            for old in sorted(self.folder.glob("snapshots/*"))[:-len(self.past) or None]:
+                shutil.rmtree(old)
         return line
-
-    # ----------------------------------------------------------------------------------------------- save
-
-    def save(self):
-        """A checkpoint: state.safetensors holds all that --resume needs, in one file that is replaced whole; adapter/ is
-        the same adapter in PEFT's own format, for use."""
-        tensors = {f"weight.{name}": p.detach() for name, p in self.weights.items()}
-        for name, p in self.weights.items():
-            tensors.update({f"{key}.{name}": value for key, value in self.optimizer.state[p].items()})
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(tensors, self.folder / "state.new", metadata={"iteration": str(self.iteration)})
-        replace(self.folder / "state.new", self.folder / "state.safetensors")
-        self.llm.save_adapter(self.folder / "adapter")
-        for old in sorted(self.folder.glob("snapshots/*"))[:-len(self.past) or None]:
-            shutil.rmtree(old)
-
-    def restore(self):
-        """Continue from the last checkpoint; lines of later iterations, whole or torn, are dropped from the logs."""
-        path = self.folder / "state.safetensors"
-        try:
-            with safe_open(path, "pt", device=str(self.llm.device)) as file, torch.no_grad():
-                self.iteration = int(file.metadata()["iteration"])
-                for name, p in self.weights.items():
-                    p.copy_(file.get_tensor(f"weight.{name}"))
-                    self.optimizer.state[p] = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is missing or damaged ({error}); nothing was changed") from error
-        numbers = range(0, self.iteration, SNAPSHOT_EVERY)
-        self.past = [] if self.opponent or not self.args.buffer else list(numbers)[-self.args.buffer:]
-        for name in ("metrics.jsonl", "transcripts.jsonl"):
-            kept = []
-            for text in (self.folder / name).read_text(encoding="utf-8").splitlines():
-                if json.loads(text)["iteration"] >= self.iteration:
-                    break
-                kept.append(text + "\n")
-            write(self.folder / name, "".join(kept))
 
     def table(self):
         """Play the trained and the untrained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
@@ -250,78 +211,58 @@ class Run:
         return out
 
 
-def config(args):
-    """What config.json says of a run: the settings, and the versions that made it."""
-    return {**{k: v for k, v in vars(args).items() if k not in ("resume", "out")}, "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}}
-
-
-def transcript(iteration, match, live):
-    """A whole game as a line of transcripts.jsonl."""
-    return {"iteration": iteration, "players": ["trained" if agent is live else "opponent" for agent in match.agents],
-            "points": [this.points for this in match.played],
-            "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in match.log]}
-
-
-def replace(new, path):
-    """Put the finished file `new` in the place of `path`, on disk before it counts."""
-    with open(new, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
-
-
 def write(path, text):
     """Replace the file `path` by `text`, whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    replace(new, path)
+    path.with_name(path.name + ".new").write_text(text, encoding="utf-8")
+    os.replace(path.with_name(path.name + ".new"), path)
 
 
 def append(path, lines):
-    """Append `lines` as JSON to the file `path`, on disk when this returns."""
+    """Append `lines` to the file `path`, one JSON object each."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def show(table, game):
     """The final table in words."""
     say = "cooperation" if game != "trust_split" else "honesty"
+    row = "{:<14}{:>14} {:>7} {:>12}   {:>14} {:>7} {:>12}".format
     print(f"\nPoints per round, and {say} (0 to 1), of the agent before and after training\n")
-    print(f"{'playing with':<14}{'before: agent':>15}{'other':>8}{say:>13}{'after: agent':>16}{'other':>8}{say:>13}")
-    for name, before in table["untrained"].items():
-        cells = "".join(f"{row['points']:{width}.2f}{row['points_other']:8.2f}{row[say]:13.2f}"
-                        for row, width in ((before, 15), (table["trained"][name], 16)))
-        print(f"{name:<14}{cells}")
+    print(row("playing with", "before: agent", "other", say, "after: agent", "other", say))
+    for name in table["trained"]:
+        print(row(name, *(show_number(table[who][name][key]) for who in ("untrained", "trained")
+                          for key in ("points", "points_other", say))))
+
+
+def show_number(value):
+    return "-" if value is None else f"{value:.2f}"
 
 
 def new_folder(args):
     """The folder of a new run: --out, which must not hold one, or the first free default name."""
     if args.out:
         if os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
-            raise UserError(f"--out {args.out} already exists and is not empty; choose another folder, or --resume {args.out}")
+            raise UserError(f"--out {args.out} already exists and is not empty; choose another folder")
         return args.out
-    base, n = f"runs/{args.game}-{args.algo}-s{args.seed}", 1
-    while os.path.exists(base if n == 1 else f"{base}-{n}"):
-        n += 1
-    return base if n == 1 else f"{base}-{n}"
+    names = (f"runs/{args.game}-{args.algo}-s{args.seed}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10 ** 6))))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def train(args):
     """Train as `args` say, with a progress bar, and print and save the final table."""
     folder = new_folder(args)
-    run = Run(args, folder, False)
+    run = Run(args, folder)
     print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed}: {args.iterations} iterations of {args.games} games -> {folder}")
-    bar = tqdm(range(run.iteration, args.iterations), initial=run.iteration, total=args.iterations, mininterval=0.5)
+    bar = tqdm(range(args.iterations), mininterval=0.5)
     for _ in bar:
         line = run.step()
         say = "honesty" if args.game == "trust_split" else "cooperation"
-        points = line["points"] if line["points"] is not None else line["points_against"]
-        bar.set_postfix_str(f"points {points:.2f}, {say} {line[say]:.2f}, entropy {line['entropy']:.3f}", refresh=False)
+        points = line.get("points_against", line["points"])
+        bar.set_postfix_str(f"points {points:.2f}, {say} {show_number(line[say])}, entropy {line['entropy']:.3f}", refresh=False)
     table = run.table()
     write(run.folder / "summary.json", json.dumps(table, indent=1))
     show(table, args.game)
-    print(f"\nEverything is in {folder}; read games with: python eval.py --show {folder}")
+    print(f"\nEverything is in {folder}; whole games are in its transcripts.jsonl")
 
 
 def main(argv=None):

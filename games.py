@@ -4,7 +4,6 @@ A game is a generator. It yields the turns it wants answered now and receives th
 yields a `Round`. To add one, write such a generator and enter it in `GAMES` (the README has a twenty-line example).
 Scripted players look at `Turn.view`, the facts of a turn as data, so that nobody has to parse prose.
 """
-import argparse
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -20,13 +19,6 @@ VALUES = [(10, 1, 1), (1, 10, 1), (1, 1, 10)], [(10, 10, 1), (10, 1, 10), (1, 10
 
 class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one line, exit code 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are UserErrors too."""
-
-    def error(self, message):
-        raise UserError(message)
 
 
 @dataclass
@@ -196,7 +188,7 @@ def players(game):
 def answer(view, style, rng):
     """The reply of a player that is, this turn, "fair", "greedy", "random" or a "liar" (greedy, and claims to win)."""
     if view["kind"] == "move":
-        return "AB"[rng.integers(2)] if style == "random" else "A" if style == "fair" else "B"
+        return "AB"[rng.integers(2) if style == "random" else style != "fair"]
     if view["kind"] == "message":
         hand = HANDS[rng.integers(3)] if style == "random" else view["hand"]
         if style == "liar":  # the hand that beats the other's, or, not knowing it, the one that would beat its own
@@ -251,29 +243,22 @@ def play(game, matches, seed, max_tokens):
     while live:
         waiting, asked = [], defaultdict(list)
         for m, rules, replies in live:
-            step = advance(rules, replies)
-            while isinstance(step, Round):
-                m.played.append(step)
-                step = advance(rules, None)
-            if step:
-                waiting.append((m, rules, [None] * len(step)))
-                for n, turn in enumerate(step):
-                    turn.view["round"] = len(m.played)
-                    asked[m.agents[turn.seat]].append((m, waiting[-1][2], n, turn))
+            try:
+                while isinstance(step := rules.send(replies), Round):
+                    m.played.append(step)
+                    replies = None
+            except StopIteration:
+                continue
+            waiting.append((m, rules, [None] * len(step)))
+            for n, turn in enumerate(step):
+                turn.view["round"] = len(m.played)
+                asked[m.agents[turn.seat]].append((m, waiting[-1][2], n, turn))
         for agent, todo in asked.items():
             replies = agent.reply([(m.number, turn.seat) for m, _, _, turn in todo], [turn for *_, turn in todo])
             for (m, answers, n, turn), reply in zip(todo, replies):
                 answers[n] = reply
                 m.log.append((turn.seat, turn.text, reply))
         live = waiting
-
-
-def advance(rules, replies):
-    """What a game yields next, None when it is over."""
-    try:
-        return rules.send(replies)
-    except StopIteration:
-        return None
 
 
 def indicators(rounds, seat):

@@ -41,8 +41,7 @@ def credits(algo, A_own, A_other, gamma, beta):
     sum    c = A_own + A_other          cooperative baseline: everyone maximises the joint score
     aa     c[t] = A_own[t] + beta gamma sum over k < t of gamma^(t-k) A_own[k] A_other[t]      (Advantage Alignment)
 
-    The second term of aa raises the probability of a move that is good for the other after rounds that went well for
-    oneself, and lowers it after rounds that went badly: reciprocity. Raises ValueError for another name.
+    The second term of aa favours what is good for the other after rounds that went well for oneself: reciprocity. ValueError for another name.
     """
     if algo == "naive":
         return A_own
@@ -106,11 +105,9 @@ MicroBatch = namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # 
 def score(llm, episodes, budget, reference=False, adapter="default"):
     """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (padding counted), longest first.
 
-    The opening that all rows share goes through the model once; its keys and values stand before those of every row. Call
-    backward on each micro-batch before asking for the next: what they leave in the opening's keys and values is gathered, and
-    goes through the opening once after the last, which makes its gradient exact. Hidden states are taken at the sampled
-    positions before the head; the head works on legal rows only at choices, in slices under checkpointing for messages.
-    `reference` asks for the KL to the model without adapter.
+    The opening that all rows share goes through the model once. Call backward on each micro-batch before asking for the next:
+    what they leave in the opening's keys and values is gathered and goes through it once, after the last, so its gradient is
+    exact. `reference` asks for the KL to the model without adapter.
     """
     order = sorted((b for b in range(len(episodes)) if episodes[b].at), key=lambda b: -len(episodes[b].ids))
     if not order:

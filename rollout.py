@@ -1,23 +1,20 @@
-"""Models as players: loading, chat framing, exact choices, and batched play over a kept cache; other players by name.
+"""Models as players: loading, exact choices, and batched play over a kept cache; other players by name.
 
-Ids in, ids out: what was sampled is stored as ids and never tokenized again. A game's text goes through the chat template's
-own strings, learned once at load. A choice is sampled on a trie over the legal replies; what all of them share is written,
-not sampled. Every token of a conversation goes through the model once, and the opening that all rows share once per batch.
+Ids in, ids out: what was sampled is stored as ids and never tokenized again. A choice is sampled on a trie over the legal
+replies; what all of them share is written, not sampled. Every token of a conversation goes through the model once.
 
 Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary.
 """
-import concurrent.futures
 import contextlib
 import functools
 import logging
 import os
-import re
 from dataclasses import dataclass, field
 
 import numpy as np
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels while it is imported
-import peft  # noqa: E402
+import peft
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,79 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
+import tiny
 from games import Scripted, UserError, players
+from tiny import Framing, build_trie
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-
-class Framing:
-    """The ids that open and close the turns of a chat, learned from the tokenizer's template.
-
-    first   everything before the first user text       reply   closes a user turn and opens the assistant's
-    end     the end-of-turn token, part of the action   again   what follows it, up to the next user text
-    control ids that no quoted text and no sampled message may contain, `end` included
-    Raises UserError where appending turns does not reproduce the template. The one exception: what only the last reply is
-    opened with (Qwen3's empty thinking block) stays in the history too, so that play and update see the same conversation.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.cache, added = tokenizer, {}, tokenizer.added_tokens_decoder
-        talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
-        first, history, again, *rest, reply = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
-        ids = functools.partial(tokenizer.encode, add_special_tokens=False)
-        self.first, self.reply, (self.end, *self.again) = ids(first), ids(reply), ids(again) or [-1]
-        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        self.control = special | {i for i in [*self.first, *self.reply, self.end, *self.again]  # not a mere line break
-                                  if i in added and added[i].content.strip()}
-        names = tokenizer.convert_ids_to_tokens(sorted(self.control))
-        self.inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
-        mine = self.user(talk[0], True) + self.encode(talk[1]) + [self.end] + self.user(talk[2])
-        mine += self.encode(talk[3]) + [self.end] + self.user(talk[4])
-        as_sent = "".join(a + b for a, b in zip([first, reply, again, reply, again], talk)) + reply
-        as_kept = "".join(a + b for a, b in zip([first, history, again, history, again], talk)) + reply
-        if (rest != [history, again] or not reply.startswith(history) or self.render(talk) != as_kept
-                or self.end not in self.control or mine != ids(as_sent)):
-            raise UserError("the chat template of this model cannot be framed turn by turn: whole conversations do not come "
-                            "out as their turns appended; choose another instruct model")
-
-    def render(self, texts):
-        """The template's text for a conversation that begins with the user and is to be answered."""
-        chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-        try:  # a fixed date, where a template writes one, keeps runs repeatable
-            out = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False,
-                                                     date_string="1 January 2026")
-            assert all(text in out for text in texts), "it drops what was said"
-            return out
-        except Exception as error:  # templates raise whatever they like
-            raise UserError(f"this model has no usable chat template ({' '.join(str(error).split())[:120]}); choose an "
-                            "instruct model") from error
-
-    def encode(self, text):
-        """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""
-        if text not in self.cache:
-            if len(self.cache) > 50_000:
-                self.cache.clear()
-            pieces = self.tokenizer(self.inside.split(text), add_special_tokens=False).input_ids
-            self.cache[text] = [i for piece in pieces for i in piece if i not in self.control]
-        return self.cache[text]
-
-    def user(self, text, first=False):
-        """Ids of a user turn and of the opening of the assistant's turn that answers it."""
-        return (self.first if first else self.again) + self.encode(text.strip()) + self.reply
-
-
-def build_trie(replies):
-    """Nested dict {id: subtree} over {ids (tuple): reply}; a leaf is the reply itself. ValueError where one begins another."""
-    root = {}
-    for ids, reply in replies.items():
-        node = root
-        for i in ids[:-1]:
-            node = node.setdefault(i, {}) if isinstance(node, dict) else node
-        if isinstance(node, str) or ids[-1] in node:
-            raise ValueError(f"legal reply {reply!r} and another one begin with the same ids")
-        node[ids[-1]] = reply
-    return root
 
 
 @dataclass
@@ -337,76 +267,10 @@ class Policy:
         return hidden[torch.arange(len(rows)), torch.tensor([len(ids) - 1 for ids in new])]
 
 
-class Human:
-    """The person at the terminal. Illegal input is asked again; the end of input leaves."""
-
-    def begin(self, seed, keys):
-        """Nothing to prepare."""
-
-    def reply(self, keys, turns):
-        """What the person types for each turn, one after the other."""
-        return [self.ask(*item) for item in zip(keys, turns)]
-
-    def ask(self, key, turn):
-        print(f"\n--- game {key[0] + 1}, you are player {key[1] + 1} ---\n{turn.text}")
-        while True:
-            try:
-                text = input("> ").strip()
-            except EOFError:
-                raise SystemExit(0) from None
-            if turn.choices is None or text in turn.choices:
-                return text
-            print(f"Please answer with one of: {', '.join(turn.choices[:11])}" + ", ..." * (len(turn.choices) > 11))
-
-
-class Remote:
-    """A model behind an OpenAI-compatible chat endpoint (OPENAI_BASE_URL, OPENAI_API_KEY). `invalid` counts the turns on which
-    it gave no legal reply in three tries, or none at all; then a uniformly random legal reply (an empty message) stands in."""
-
-    def __init__(self, model):
-        try:
-            import openai
-            self.client, self.errors = openai.OpenAI(max_retries=4, timeout=60), openai.OpenAIError
-        except ImportError:
-            raise UserError("api: players need the openai package; pip install openai") from None
-        except openai.OpenAIError as error:
-            raise UserError(f"api: players need OPENAI_API_KEY and, for another server, OPENAI_BASE_URL ({error})") from None
-        self.model, self.invalid = model, 0
-
-    def begin(self, seed, keys):
-        """Forget all conversations; `seed` fixes the stand-in replies."""
-        self.chats, self.rngs = {key: [] for key in keys}, {key: np.random.default_rng([*seed, *key]) for key in keys}
-
-    def reply(self, keys, turns):
-        """Replies to `turns`, asked for at the same time."""
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            return list(pool.map(self.ask, keys, turns))
-
-    def ask(self, key, turn):
-        chat = self.chats[key]
-        chat.append({"role": "user", "content": turn.text})
-        text = None
-        for _ in range(3):
-            try:
-                answer = self.client.chat.completions.create(model=self.model, messages=chat, max_tokens=turn.max_tokens or 8)
-                said = (answer.choices[0].message.content or "").strip()
-            except (self.errors, ValueError, AttributeError, TypeError, IndexError):  # the last four: not an answer at all
-                continue
-            if turn.choices is None or said.strip(" .\"'") in turn.choices:
-                text = said if turn.choices is None else said.strip(" .\"'")
-                break
-        if text is None:
-            self.invalid += 1
-            text = turn.choices[self.rngs[key].integers(len(turn.choices))] if turn.choices else ""
-        chat.append({"role": "assistant", "content": text})
-        return text
-
-
 def load(name, quant, game, lora_rank=8, seed=0):
     """The model `name` ("tiny...", a folder, or a hub id) with a fresh adapter "default" of that rank, drawn from `seed`.
     quant "nf4": 4-bit weights; "none": float32 on the CPU, bfloat16 on the GPU. Raises UserError for what cannot be had."""
     if name.startswith("tiny") and not os.path.exists(name):
-        import tiny  # here, since it builds on this file
         return LLM(*tiny.load(name, game), lora_rank, seed, f"{name} {game}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32, "device_map": {"": device}}
@@ -425,19 +289,15 @@ def load(name, quant, game, lora_rank=8, seed=0):
 
 
 def find_agent(name, game, llm):
-    """The agent called `name`: a scripted player of `game`, "base" (the model without adapter), "human", "api:MODEL", or the
-    folder of a run or an adapter, to be loaded on `llm`. Raises UserError where there is none of that name."""
+    """The agent called `name`: a scripted player of `game`, "base" (the model without adapter), or the folder
+    of a run or an adapter, to be loaded on `llm`. Raises UserError where there is none of that name."""
     if name in players(game):
         return Scripted(name)
-    if name == "human":
-        return Human()
-    if name.startswith("api:"):
-        return Remote(name[4:])
     if name == "base":
         return Policy(llm, None)
     folder = os.path.join(name, "adapter") if os.path.isdir(os.path.join(name, "adapter")) else name
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        raise UserError(f"no agent is called {name}; give a run's folder, base, human, api:MODEL or {', '.join(players(game))}")
+        raise UserError(f"no agent is called {name}; give a run's folder, base, or {', '.join(players(game))}")
     adapter = f"agent{len(llm.model.peft_config)}"
     llm.load_adapter(folder, adapter)
     return Policy(llm, adapter)

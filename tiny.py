@@ -3,12 +3,14 @@
 It stands where an instruct model would: warmed up by behaviour cloning on games between scripted players, it knows the format
 of a game and has a mixed, mostly cooperative prior. What was put in before any reinforcement learning is `POPULATIONS` below.
 Everything after loading is the same code as for a real model. Cached in the user's cache directory under a key made of all
-that shapes it; delete the folder to warm up again. Run `python tiny.py trust_split` to see how it plays.
+that shapes it. The chat framing, which it shares with every other model, is here too.
 """
+import functools
 import hashlib
 import os
 import pathlib
-import sys
+import re
+import shutil
 import tempfile
 
 import numpy as np
@@ -19,27 +21,95 @@ import transformers
 from tqdm import tqdm
 
 from games import GAMES, Match, Scripted, UserError, play
-from rollout import Framing
 
 # Shares of the scripted players and the probability of a random reply. `tiny` has reciprocity in its prior, as an instruct
 # model has; `tiny-blind` has never seen anyone answer like with like.
 POPULATIONS = {
     "tiny": {"matrix": ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .1),
-             "split": ({"tit_for_tat": .4, "cooperate": .4, "defect": .2}, .15)},
-    "tiny-blind": {"matrix": ({"cooperate": .7, "defect": .3}, .1), "split": ({"cooperate": .75, "defect": .25}, .15)},
+             "trust_split": ({"tit_for_tat": .5, "cooperate": .3, "defect": .2}, .1),
+             "split": ({"tit_for_tat": .2, "cooperate": .5, "defect": .3}, .1)},
+    "tiny-blind": {"matrix": ({"cooperate": .7, "defect": .3}, .1)},
 }
-WIDTH, MLP, LAYERS, HEAD_SCALE, STEPS, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 700, 16, 3e-3, 4096, 0
+WIDTH, MLP, LAYERS, HEAD_SCALE, STEPS, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 1000, 32, 3e-3, 4096, 0
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
-def conversations(name, game, count):
-    """`count` scripted games as conversations: a list of [(text read, reply), ...], one per seat."""
-    shares, noise = POPULATIONS[name]["split" if "split" in game else "matrix"]
+class Framing:
+    """The ids that open and close the turns of a chat, learned from the tokenizer's template.
+
+    first   everything before the first user text       reply   closes a user turn and opens the assistant's
+    end     the end-of-turn token, part of the action   again   what follows it, up to the next user text
+    control ids that no quoted text and no sampled message may contain, `end` included
+    Raises UserError where appending turns does not reproduce the template. The one exception: what only the last reply is
+    opened with (Qwen3's empty thinking block) stays in the history too, so that play and update see the same conversation.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.cache, added = tokenizer, {}, tokenizer.added_tokens_decoder
+        talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
+        first, history, again, *rest, reply = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
+        ids = functools.partial(tokenizer.encode, add_special_tokens=False)
+        self.first, self.reply, (self.end, *self.again) = ids(first), ids(reply), ids(again) or [-1]
+        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self.control = special | {i for i in [*self.first, *self.reply, self.end, *self.again]  # not a mere line break
+                                  if i in added and added[i].content.strip()}
+        names = tokenizer.convert_ids_to_tokens(sorted(self.control))
+        self.inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
+        mine = self.user(talk[0], True) + self.encode(talk[1]) + [self.end] + self.user(talk[2])
+        mine += self.encode(talk[3]) + [self.end] + self.user(talk[4])
+        as_sent = "".join(a + b for a, b in zip([first, reply, again, reply, again], talk)) + reply
+        as_kept = "".join(a + b for a, b in zip([first, history, again, history, again], talk)) + reply
+        if (rest != [history, again] or not reply.startswith(history) or self.render(talk) != as_kept
+                or self.end not in self.control or mine != ids(as_sent)):
+            raise UserError("the chat template of this model cannot be framed turn by turn: whole conversations do not come "
+                            "out as their turns appended; choose another instruct model")
+
+    def render(self, texts):
+        """The template's text for a conversation that begins with the user and is to be answered."""
+        chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+        try:  # a fixed date, where a template writes one, keeps runs repeatable
+            out = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False,
+                                                     date_string="1 January 2026")
+            assert all(text in out for text in texts), "it drops what was said"
+            return out
+        except Exception as error:  # templates raise whatever they like
+            raise UserError(f"this model has no usable chat template ({' '.join(str(error).split())[:120]}); choose an "
+                            "instruct model") from error
+
+    def encode(self, text):
+        """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""
+        if text not in self.cache:
+            if len(self.cache) > 50_000:
+                self.cache.clear()
+            pieces = self.tokenizer(self.inside.split(text), add_special_tokens=False).input_ids
+            self.cache[text] = [i for piece in pieces for i in piece if i not in self.control]
+        return self.cache[text]
+
+    def user(self, text, first=False):
+        """Ids of a user turn and of the opening of the assistant's turn that answers it."""
+        return (self.first if first else self.again) + self.encode(text.strip()) + self.reply
+
+
+def build_trie(replies):
+    """Nested dict {id: subtree} over {ids (tuple): reply}; a leaf is the reply itself. ValueError where one begins another."""
+    root = {}
+    for ids, reply in replies.items():
+        node = root
+        for i in ids[:-1]:
+            node = node.setdefault(i, {}) if isinstance(node, dict) else node
+        if isinstance(node, str) or ids[-1] in node:
+            raise ValueError(f"legal reply {reply!r} and another one begin with the same ids")
+        node[ids[-1]] = reply
+    return root
+
+
+def conversations(shares, noise, game, count, longest=10):
+    """`count` games of 1 to `longest` rounds of a scripted population: a list of [(text read, reply), ...], one per seat."""
     population = {player: Scripted(player, noise) for player in shares}
     rng = np.random.default_rng(SEED)
     pairs = rng.choice(list(population), size=(count, 2), p=list(shares.values()))
-    matches = [Match(n, n, int(rng.integers(1, 11)), tuple(population[player] for player in pair)) for n, pair in enumerate(pairs)]
+    matches = [Match(n, n, int(rng.integers(1, longest + 1)), tuple(population[player] for player in pair)) for n, pair in enumerate(pairs)]
     play(game, matches, [SEED], 40)
     return [[(text, reply) for seat, text, reply in match.log if seat == s] for match in matches for s in (0, 1)]
 
@@ -60,17 +130,18 @@ def build_tokenizer(texts):
                                                 chat_template=TEMPLATE)
 
 
-def warm_up(tokenizer, talks, steps=STEPS):
-    """A fresh Llama trained to give the scripted replies of `talks`: cross-entropy on the reply tokens, end of turn included."""
-    framing, rows = Framing(tokenizer), []
-    for talk in talks:
+def warm_up(tokenizer, lessons, steps=STEPS):
+    """A fresh Llama trained to give the scripted replies of the talks in `lessons`, one lesson after the other, `steps` in all:
+    cross-entropy on the reply tokens, end of turn included."""
+    framing, rows = Framing(tokenizer), [[] for _ in lessons]
+    for lesson, talk in ((lesson, talk) for lesson, talks in zip(rows, lessons) for talk in talks):
         ids, mine = [], []
         for text, reply in talk:
             ids += framing.user(text, first=not ids)
             said = [*framing.encode(reply), framing.end]
             mine += range(len(ids), len(ids) + len(said))
             ids += said
-        rows.append((ids, mine))
+        lesson.append((ids, mine))
     torch.manual_seed(SEED)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
@@ -82,8 +153,9 @@ def warm_up(tokenizer, talks, steps=STEPS):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), desc="warming up the built-in model (once)", leave=False)
-    for _ in bar:
-        batch = [rows[b] for b in rng.integers(len(rows), size=BATCH)]
+    for step in bar:
+        lesson = rows[step * len(rows) // steps]
+        batch = [lesson[b] for b in rng.integers(len(lesson), size=BATCH)]
         S = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([ids + [framing.end] * (S - len(ids)) for ids, _ in batch])
         at = torch.tensor([(b, n) for b, (_, mine) in enumerate(batch) for n in mine])
@@ -94,7 +166,7 @@ def warm_up(tokenizer, talks, steps=STEPS):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return model.eval()
 
 
@@ -102,23 +174,22 @@ def load(name, game):
     """(model, tokenizer) of the population `name` warmed up on `game`, from the cache or made now. UserError for a bad name."""
     if name not in POPULATIONS:
         raise UserError(f"no built-in model is called {name!r}; there are {', '.join(POPULATIONS)}")
-    sample = repr((conversations(name, game, 64), POPULATIONS[name], torch.__version__, transformers.__version__))
+    population = POPULATIONS[name].get(game, POPULATIONS[name]["matrix"])
+    sample = repr((conversations(*population, game, 64), population, torch.__version__, transformers.__version__))
     key = hashlib.sha256(sample.encode() + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "aa_minimal"
     folder = cache / f"{name}-{game}-{key}"
     if not folder.exists():
-        talks = conversations(name, game, GAMES_SEEN)
+        talks, fair = conversations(*population, game, GAMES_SEEN), conversations({"cooperate": 1.}, 0., game, GAMES_SEEN, 2)
         tokenizer = build_tokenizer([text for talk in talks[:512] for turn in talk for text in turn])
-        model = warm_up(tokenizer, talks)
+        model = warm_up(tokenizer, [fair, fair, fair, talks, talks])  # short fair games teach the rules; then the population
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as fresh:
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-            os.chmod(fresh, 0o755)
-            try:
-                os.rename(fresh, folder)  # whole or not at all; another run may have been faster
-            except OSError:
-                pass
-            os.makedirs(fresh, exist_ok=True)
+        fresh = tempfile.mkdtemp(dir=cache)
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        try:
+            os.rename(fresh, folder)  # whole or not at all
+        except OSError:  # another run was faster
+            shutil.rmtree(fresh)
     return (transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa"),
             transformers.PreTrainedTokenizerFast.from_pretrained(folder))

@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 import tiny
-from games import Match, play
+from games import Match, Scripted, play
 from loss import advantages, credits, policy_loss, returns_to_go, score
 from rollout import LLM, Episode, Policy
 
@@ -159,8 +159,10 @@ def test_policy_loss_is_normalised_by_the_whole_batch_and_not_by_the_micro_batch
 @pytest.fixture(scope="session")
 def llm():
     """A small random model with a tokenizer that knows both games, and an adapter that is not zero."""
-    talks = tiny.conversations("tiny", "trust_split", 20) + tiny.conversations("tiny", "split", 20)
-    tokenizer = tiny.build_tokenizer([text for talk in talks for turn in talk for text in turn])
+    matches = [Match(n, n, 10, (Scripted("random"), Scripted("tit_for_tat", .2))) for n in range(20)]
+    for game in ("trust_split", "split"):
+        play(game, matches, [0], 40)
+    tokenizer = tiny.build_tokenizer([text for match in matches for _, *both in match.log for text in both])
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer) + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -24,7 +24,6 @@ from hypothesis import given, settings, strategies as st
 import games
 import loss
 import rollout
-import tiny
 from games import Match, Scripted, Turn, UserError, play
 from rollout import LLM, Framing, Policy, build_trie
 
@@ -53,8 +52,13 @@ TALKS = [
 
 @functools.cache
 def training_lines():
-    talks = [talk for game in ("ipd", "trust_split", "split") for talk in tiny.conversations("tiny", game, 4)]
-    return [line for talk in talks for turn in talk for text in turn for line in text.split("\n")]
+    lines = []
+    for game in ("ipd", "trust_split", "split"):
+        players = Scripted("tit_for_tat", .1), Scripted("random")
+        played = [Match(n, n, 10, players) for n in range(4)]
+        play(game, played, [0], 40)
+        lines += [line for match in played for _, *turn in match.log for text in turn for line in text.split("\n")]
+    return lines
 
 
 @functools.cache
@@ -508,6 +512,8 @@ def test_games_cannot_be_repeated_or_always_are():
     first, again, other = (self_play(llm, "trust_split", seed=seed) for seed in (5, 5, 6))
     assert [m.log for m in first[1]] == [m.log for m in again[1]] and first[0] == again[0]
     assert all(a.log != b.log for a, b in zip(first[1], other[1]))
+    one, two = (one_turn(llm, keys=[(n, 0) for n in range(5)], seed=seed)[0] for seed in (5, 6))  # the deal aside
+    assert all(a != b for a, b in zip(one, two))
 
 
 def test_rows_of_one_deal_are_all_sampled_alike():
@@ -701,6 +707,19 @@ def test_a_saved_adapter_plays_differently_or_follows_the_one_in_training(folder
         agent = rollout.find_agent(str(tmp_path / folder.removesuffix("/adapter")), "trust_split", llm)
         assert self_play(llm, "trust_split", adapter=agent.adapter)[0] == want
     assert self_play(llm, "trust_split")[0] != want
+
+
+def test_an_adapter_that_does_not_fit_the_model_plays_or_ends_in_a_traceback(tmp_path):
+    llm = LLM(random_base(tokenizer("smollm2")), tokenizer("smollm2"), 4)
+    wider = LLM(random_base(tokenizer("smollm2"), hidden_size=64), tokenizer("smollm2"), 4)
+    for other in (llm, wider):
+        other.save_adapter(str(tmp_path / "adapter"))
+        rollout.find_agent(str(tmp_path), "ipd", other)
+    with pytest.raises(UserError):
+        rollout.find_agent(str(tmp_path), "ipd", llm)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(UserError):
+        rollout.find_agent(str(tmp_path), "ipd", wider)
 
 
 def test_an_agents_name_picks_the_weights_of_another(tmp_path, monkeypatch):
