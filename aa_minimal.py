@@ -27,13 +27,11 @@ from rollout import Policy, find_agent, load
 
 SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
 
-
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are UserErrors."""
 
     def error(self, message):
         raise UserError(message)
-
 
 def number(kind, low, high=1e15):
     """An argparse type: an int or float from `low` to `high`."""
@@ -43,7 +41,6 @@ def number(kind, low, high=1e15):
         return kind(text)
     check.__name__ = "number"  # argparse says "invalid number value" with it
     return check
-
 
 def parse(argv):
     """The settings of a run as a namespace, defaults filled in by game and model. Raises UserError on what cannot be."""
@@ -92,7 +89,6 @@ def parse(argv):
     if args.baseline == "group" and args.group_size == 1:
         raise UserError("--group-size 1 leaves no other game for the group baseline; use 2 or more, or --baseline batch")
     return args
-
 
 class Run:
     """One training run: the model, its optimizer, the opponents, and the folder that all goes to."""
@@ -210,18 +206,15 @@ class Run:
                 out.setdefault(who, {})[name] = summarize([(m, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
         return out
 
-
 def write(path, text):
     """Replace the file `path` by `text`, whole or not at all."""
     path.with_name(path.name + ".new").write_text(text, encoding="utf-8")
     os.replace(path.with_name(path.name + ".new"), path)
 
-
 def append(path, lines):
     """Append `lines` to the file `path`, one JSON object each."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
 
 def show(table, game):
     """The final table in words."""
@@ -233,10 +226,8 @@ def show(table, game):
         print(row(name, *(show_number(table[who][name][key]) for who in ("untrained", "trained")
                           for key in ("points", "points_other", say))))
 
-
 def show_number(value):
     return "-" if value is None else f"{value:.2f}"
-
 
 def new_folder(args):
     """The folder of a new run: --out, which must not hold one, or the first free default name."""
@@ -246,7 +237,6 @@ def new_folder(args):
         return args.out
     names = (f"runs/{args.game}-{args.algo}-s{args.seed}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10 ** 6))))
     return next(name for name in names if not os.path.exists(name))
-
 
 def train(args):
     """Train as `args` say, with a progress bar, and print and save the final table."""
@@ -264,7 +254,6 @@ def train(args):
     show(table, args.game)
     print(f"\nEverything is in {folder}; whole games are in its transcripts.jsonl")
 
-
 def main(argv=None):
     try:
         train(parse(argv))
@@ -272,7 +261,6 @@ def main(argv=None):
         print(f"aa_minimal: {error}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

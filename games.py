@@ -16,10 +16,8 @@ COUNTS = tuple(str(n) for n in range(11))
 TRIPLES = tuple(f"{a} {b} {c}" for a in COUNTS for b in COUNTS for c in COUNTS)
 VALUES = [(10, 1, 1), (1, 10, 1), (1, 1, 10)], [(10, 10, 1), (10, 1, 10), (1, 10, 10)]  # equal sums within a list
 
-
 class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one line, exit code 2."""
-
 
 @dataclass
 class Turn:
@@ -31,7 +29,6 @@ class Turn:
     view: dict
     max_tokens: int = 0
 
-
 @dataclass
 class Round:
     """A scored round. `points` and `facts` are per seat, `best` is the highest joint score the round allowed.
@@ -39,7 +36,6 @@ class Round:
     points: tuple
     best: float
     facts: tuple
-
 
 def matrix_game(cc, cd, dc, dd):
     """A symmetric two-by-two game. `cd` is (my points, the other's) when I choose A (cooperate) and the other B."""
@@ -61,13 +57,11 @@ def matrix_game(cc, cd, dc, dd):
                      "Do you choose A or B?" for s in (0, 1)]
     return game
 
-
 def scored(past, points, best, facts):
     """The Round, also entered into each seat's `past`."""
     for s in (0, 1):
         past[s].append((facts[s]["coop"], facts[1 - s]["coop"]))
     return Round(tuple(points), best, tuple(facts))
-
 
 TRUST_RULES = (
     "You play a game of many rounds with another player. In every round 10 coins are split between you two.\n"
@@ -76,10 +70,9 @@ TRUST_RULES = (
     "player, and only 1 point to the player with the lower hand. So it takes both hands to know what a coin is worth to "
     "each of you.\nYou see only your own hand. First each of you sends the other one short message, for example to tell "
     "your hand. Then both say at the same time how many of the 10 coins they keep, from 0 to 10. If the two numbers add "
-    "up to more than 10, the coins are shared in proportion to the numbers.\nAfter every round you are told which hand "
-    "the other had and how many coins it kept. Your goal is to collect as many points as you can over the whole game.\n"
-    "The first round begins.")
-
+    "up to more than 10, the coins are shared in proportion to the numbers.\nAfter every round you are told whether the other "
+    "had the upper or the lower hand and how many coins it kept. Your goal is to collect as many points as you can over the "
+    "whole game.\nThe first round begins.")
 
 def trust_split(rng, rounds, max_tokens=24):
     """Trust-and-Split (arXiv 2511.19405): private hands, one message each, then both keep 0..10 of ten coins."""
@@ -105,17 +98,14 @@ def trust_split(rng, rounds, max_tokens=24):
         news = [f"The other had the {'upper' if 1 - s == upper else 'lower'} hand and kept {kept[1 - s]}.\nNext round."
                 for s in (0, 1)]
 
-
 def claim(message):
     """The hand that `message` names, None unless it names exactly one."""
     named = set(re.findall(r"\b(rock|paper|scissors)\b", message.lower()))
     return named.pop() if len(named) == 1 else None
 
-
 def share(p, q):
     """What two players who keep `p` and `q` of ten things get: their wish, or their part in proportion over ten."""
     return (p, q) if p + q <= 10 else (10 * p / (p + q), 10 * q / (p + q))
-
 
 SPLIT_RULES = (
     "You play a game of many rounds with another player. In every round 10 hats, 10 books and 10 balls are split between "
@@ -124,7 +114,6 @@ SPLIT_RULES = (
     "more than 10, that item is shared in proportion to the numbers.\nAfter every round you are told what the other kept. "
     "Your goal is to collect as many points as you can over the whole game. Always answer with three numbers for hats, "
     "books and balls, such as 5 5 5.\nThe first round begins.")
-
 
 def split(rng, rounds, max_tokens=0):
     """Open values, no messages: both keep 0..10 of ten hats, ten books and ten balls; each item shared like the coins."""
@@ -147,7 +136,6 @@ def split(rng, rounds, max_tokens=0):
         yield scored(past, points, 10 * sum(map(max, *values)), facts)
         news = ["The other kept {} hats, {} books and {} balls.\nNext round.".format(*kept[1 - s]) for s in (0, 1)]
 
-
 @dataclass
 class Game:
     """A game with its reward scale (points per unit of reward) and its defaults: `real` for real models, as published (arXiv
@@ -156,7 +144,6 @@ class Game:
     scale: float
     real: dict
     tiny: dict
-
 
 BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
 TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=8, save_every=1)
@@ -179,11 +166,9 @@ STYLES = {  # past: (I cooperated, the other did) of every round, None where tha
     "liar": lambda past: "liar",
 }
 
-
 def players(game):
     """Names of the scripted players of a game: `liar` needs one with messages."""
     return [name for name in STYLES if name != "liar" or game == "trust_split"]
-
 
 def answer(view, style, rng):
     """The reply of a player that is, this turn, "fair", "greedy", "random" or a "liar" (greedy, and claims to win)."""
@@ -204,7 +189,6 @@ def answer(view, style, rng):
         return "10"
     return "0" if BEATEN_BY[view["hand"]] == view["claim"] else "5"  # without a believable claim, half
 
-
 class Scripted:
     """A scripted player of any game. `noise` is the probability of a uniformly random reply instead of its own."""
 
@@ -221,7 +205,6 @@ class Scripted:
                   for key, turn in zip(keys, turns)]
         return [answer(turn.view, style, self.rngs[key]) for key, turn, style in zip(keys, turns, styles)]
 
-
 @dataclass
 class Match:
     """A game to play, and then its record: `log` holds (seat, text read, reply). Matches with the same `deal` (int) are dealt
@@ -232,7 +215,6 @@ class Match:
     agents: tuple
     played: list = field(default_factory=list)
     log: list = field(default_factory=list)
-
 
 def play(game, matches, seed, max_tokens):
     """Play all `matches` of `game` at once, in place. `seed` is a list of ints; messages hold at most `max_tokens` tokens.
@@ -260,7 +242,6 @@ def play(game, matches, seed, max_tokens):
                 m.log.append((turn.seat, turn.text, reply))
         live = waiting
 
-
 def indicators(rounds, seat):
     """What one seat did in one game, as {name: list of numbers}, ready to be pooled over games and averaged.
 
@@ -286,7 +267,6 @@ def indicators(rounds, seat):
                 out[f"{name}_after_{'fair' if last else 'greedy'}"] += values
         last = other["coop"] if other["coop"] is not None else last
     return out
-
 
 def summarize(sides):
     """Means over `sides`, a list of (Match, seat): points per round of the seat and of the other, welfare (share of the best

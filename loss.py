@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 
-
 def returns_to_go(rewards, gamma):
     """G[b,t] = sum over k >= t of gamma^(k-t) r[b,k].  rewards [B, T] (zero past a row's end) -> [B, T]."""
     G, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
@@ -20,7 +19,6 @@ def returns_to_go(rewards, gamma):
         running = rewards[:, t] + gamma * running
         G[:, t] = running
     return G
-
 
 def advantages(G, group, mask):
     """A[b,t] = G[b,t] - mean of G[b',t] over the other rows b' of the group: leave one out, no standard deviation.
@@ -32,7 +30,6 @@ def advantages(G, group, mask):
     same.fill_diagonal_(0)  # the others only: a row's own return in its baseline would bias the gradient
     others = same @ mask
     return (G - same @ (G * mask) / others.clamp(min=1)) * mask * (others > 0)
-
 
 def credits(algo, A_own, A_other, gamma, beta):
     """What every sampled token of round t is multiplied with. A_own, A_other [B, T] -> c [B, T].
@@ -55,7 +52,6 @@ def credits(algo, A_own, A_other, gamma, beta):
         past = gamma * (past + A_own[:, t])  # sum over k <= t of gamma^(t+1-k) A_own[k]
     return c
 
-
 def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_coef, cut=2.):
     """-sum w c log p / N - entropy_coef H + kl_coef KL, over one micro-batch of n tokens.
 
@@ -66,7 +62,6 @@ def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_co
     ratio = (logp.detach() - logp_play).exp()
     per_token = -ratio.clamp(max=cut) * credit * logp - entropy_coef * entropy + kl_coef * kl
     return per_token.sum() / total, ratio
-
 
 class OpeningLayer(DynamicLayer):
     """A layer's keys and values [1, heads, P, width] of the common opening: records them, or, given them, puts them before
@@ -81,7 +76,6 @@ class OpeningLayer(DynamicLayer):
             self.keys, self.values = k, v
             return k, v
         return tuple(torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(self.opening, (k, v)))
-
 
 def token_stats(llm, hidden, reference, target, legal):
     """Log-prob of the `target` ids (list), entropy, and KL to the model that gave `reference` (hidden states, or None for 0),
@@ -98,9 +92,7 @@ def token_stats(llm, hidden, reference, target, legal):
         kl = (p * (finite - log_q)).sum(-1)
     return logp.gather(1, target[:, None])[:, 0], -(p * finite).sum(-1), kl
 
-
 MicroBatch = namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # each [n]; row: the index of the episode
-
 
 def score(llm, episodes, budget, reference=False, adapter="default"):
     """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (padding counted), longest first.

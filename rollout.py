@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,8 +29,8 @@ from games import Scripted, UserError, players
 from tiny import Framing, build_trie
 
 transformers.utils.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers.utils.logging.disable_progress_bar()
-
 
 @dataclass
 class Episode:
@@ -40,7 +41,6 @@ class Episode:
     round: list = field(default_factory=list)
     legal: list = field(default_factory=list)
     logp: list = field(default_factory=list)
-
 
 class SlotLayer(DynamicLayer):
     """One layer's keys and values [B, heads, columns, width] of a batch in play. The column is the position in the conversation,
@@ -62,7 +62,6 @@ class SlotLayer(DynamicLayer):
         if len(rows) == self.B:  # all rows, which come in order: a view instead of a copy
             return self.keys[:, :, :columns], self.values[:, :, :columns]
         return self.keys[rows, :, :columns], self.values[rows, :, :columns]
-
 
 class LLM:
     """A causal language model, its adapters ("default" is the one that learns), and what play and update ask of it."""
@@ -169,7 +168,6 @@ class LLM:
         per_token = 2 * config.hidden_size * (self.layers + 60) + 4 * config.intermediate_size  # bytes, with checkpointing
         return 4096 if self.device.type == "cpu" else max(1024, int(0.5 * torch.cuda.mem_get_info()[0] / per_token))
 
-
 class Policy:
     """The model under one adapter (None: without any) as a player. `episodes` {(game, seat): Episode} is what it did."""
 
@@ -266,7 +264,6 @@ class Policy:
             self.cached[b] += len(ids)
         return hidden[torch.arange(len(rows)), torch.tensor([len(ids) - 1 for ids in new])]
 
-
 def load(name, quant, game, lora_rank=8, seed=0):
     """The model `name` ("tiny...", a folder, or a hub id) with a fresh adapter "default" of that rank, drawn from `seed`.
     quant "nf4": 4-bit weights; "none": float32 on the CPU, bfloat16 on the GPU. Raises UserError for what cannot be had."""
@@ -286,7 +283,6 @@ def load(name, quant, game, lora_rank=8, seed=0):
     llm = LLM(base, tokenizer, lora_rank, seed, name)
     llm.checkpointing = device.type == "cuda"
     return llm
-
 
 def find_agent(name, game, llm):
     """The agent called `name`: a scripted player of `game`, "base" (the model without adapter), or the folder

@@ -26,14 +26,13 @@ from games import GAMES, Match, Scripted, UserError, play
 # model has; `tiny-blind` has never seen anyone answer like with like.
 POPULATIONS = {
     "tiny": {"matrix": ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .1),
-             "trust_split": ({"tit_for_tat": .5, "cooperate": .3, "defect": .2}, .1),
+             "trust_split": ({"tit_for_tat": .4, "cooperate": .4, "defect": .2}, .15),
              "split": ({"tit_for_tat": .2, "cooperate": .5, "defect": .3}, .1)},
     "tiny-blind": {"matrix": ({"cooperate": .7, "defect": .3}, .1)},
 }
 WIDTH, MLP, LAYERS, HEAD_SCALE, STEPS, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 1000, 32, 3e-3, 4096, 0
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-
 
 class Framing:
     """The ids that open and close the turns of a chat, learned from the tokenizer's template.
@@ -90,7 +89,6 @@ class Framing:
         """Ids of a user turn and of the opening of the assistant's turn that answers it."""
         return (self.first if first else self.again) + self.encode(text.strip()) + self.reply
 
-
 def build_trie(replies):
     """Nested dict {id: subtree} over {ids (tuple): reply}; a leaf is the reply itself. ValueError where one begins another."""
     root = {}
@@ -103,7 +101,6 @@ def build_trie(replies):
         node[ids[-1]] = reply
     return root
 
-
 def conversations(shares, noise, game, count, longest=10):
     """`count` games of 1 to `longest` rounds of a scripted population: a list of [(text read, reply), ...], one per seat."""
     population = {player: Scripted(player, noise) for player in shares}
@@ -112,7 +109,6 @@ def conversations(shares, noise, game, count, longest=10):
     matches = [Match(n, n, int(rng.integers(1, longest + 1)), tuple(population[player] for player in pair)) for n, pair in enumerate(pairs)]
     play(game, matches, [SEED], 40)
     return [[(text, reply) for seat, text, reply in match.log if seat == s] for match in matches for s in (0, 1)]
-
 
 def build_tokenizer(texts):
     """Byte-level BPE without word splitting, so that the fixed phrases of the prompts become single tokens; only hands and the
@@ -128,7 +124,6 @@ def build_tokenizer(texts):
         special_tokens=["<|end|>", "<|user|>", "<|assistant|>"]))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>",
                                                 chat_template=TEMPLATE)
-
 
 def warm_up(tokenizer, lessons, steps=STEPS):
     """A fresh Llama trained to give the scripted replies of the talks in `lessons`, one lesson after the other, `steps` in all:
@@ -168,7 +163,6 @@ def warm_up(tokenizer, lessons, steps=STEPS):
         schedule.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     return model.eval()
-
 
 def load(name, game):
     """(model, tokenizer) of the population `name` warmed up on `game`, from the cache or made now. UserError for a bad name."""
