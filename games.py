@@ -153,7 +153,7 @@ GAMES = {
     "stag_hunt": Game(matrix_game((4, 4), (0, 3), (3, 0), (3, 3)), 5, *MATRIX),
     "chicken": Game(matrix_game((3, 3), (1, 4), (4, 1), (0, 0)), 5, *MATRIX),
     "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001},
-                        {**TINY, "group_size": 8, "beta": 5., "entropy": .02, "kl": 0.}),
+                        {**TINY, "iterations": 40, "group_size": 8, "beta": 10., "entropy": .02, "kl": 0.}),
     "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001},
                   {**TINY, "group_size": 8, "beta": 5., "entropy": .02, "kl": 0.}),
 }

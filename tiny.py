@@ -26,7 +26,7 @@ from games import GAMES, Match, Scripted, UserError, play
 # model has; `tiny-blind` has never seen anyone answer like with like.
 POPULATIONS = {
     "tiny": {"matrix": ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .1),
-             "trust_split": ({"tit_for_tat": .4, "cooperate": .4, "defect": .2}, .15),
+             "trust_split": ({"tit_for_tat": .5, "cooperate": .3, "defect": .2}, .1),
              "split": ({"tit_for_tat": .2, "cooperate": .5, "defect": .3}, .1)},
     "tiny-blind": {"matrix": ({"cooperate": .7, "defect": .3}, .1)},
 }
