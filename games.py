@@ -1,7 +1,7 @@
 """The games, their wording, the scripted players, and the loop that plays them. No tokens, no tensors: text and numbers only.
 
 A game is a generator. It yields the turns it wants answered now and receives the replies; when a round is scored it
-yields a `Round`. To add one, write such a generator and enter it in `GAMES` (the README has a twenty-line example).
+yields a `Round`. To add one, write such a generator and enter it in `GAMES`.
 Scripted players look at `Turn.view`, the facts of a turn as data, so that nobody has to parse prose.
 """
 import re
