@@ -97,26 +97,13 @@ MicroBatch = namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # 
 def score(llm, episodes, budget, reference=False, adapter="default"):
     """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (padding counted), longest first.
 
-    The opening that all rows share goes through the model once. Call backward on each micro-batch before asking for the next:
-    what they leave in the opening's keys and values is gathered and goes through it once, after the last, so its gradient is
-    exact. `reference` asks for the KL to the model without adapter.
+    The opening that all rows share is one row of every micro-batch, with its gradient: its keys and values are expanded to all
+    rows, so a long prompt costs little. `reference` asks for the KL to the model without adapter.
     """
     order = sorted((b for b in range(len(episodes)) if episodes[b].at), key=lambda b: -len(episodes[b].ids))
     if not order:
         return
     P = min(len(os.path.commonprefix([episodes[b].ids for b in order])), min(episodes[b].at[0] for b in order) - 1)
-
-    def read():  # (keys, values) per layer of the opening; none where there is no opening
-        layers = [OpeningLayer() for _ in range(llm.layers)]
-        if P:
-            llm.forward([episodes[order[0]].ids[:P]], [0], layers)
-        return [(layer.keys, layer.values) if P else None for layer in layers]
-
-    with torch.no_grad(), llm.using(None):
-        ref_opening = read() if reference else None
-    with llm.using(adapter):
-        opening = read()
-    leaves = [kv and tuple(x.detach().requires_grad_(torch.is_grad_enabled()) for x in kv) for kv in opening]
     while order:
         n = max(1, budget // max(1, len(episodes[order[0]].ids) - P))
         batch, order = order[:n], order[n:]
@@ -125,12 +112,18 @@ def score(llm, episodes, budget, reference=False, adapter="default"):
         tokens.sort(key=lambda token: token[1].legal[token[2]] is None)  # choices first, then messages
         pick = torch.tensor([r for r, _, _ in tokens]), torch.tensor([e.at[k] - 1 - P for _, e, k in tokens])
         target, legal = [e.ids[e.at[k]] for _, e, k in tokens], [e.legal[k] for _, e, k in tokens]
-        ref = None
-        if reference:
-            with torch.no_grad(), llm.using(None):
-                ref = llm.forward(rows, [P] * len(rows), [OpeningLayer(kv) for kv in ref_opening])[pick]
-        with llm.using(adapter):
-            hidden = llm.forward(rows, [P] * len(rows), [OpeningLayer(kv) for kv in leaves])[pick]
+
+        def read(name):  # hidden states before the sampled tokens
+            with llm.using(name):
+                opening = [OpeningLayer() for _ in range(llm.layers)]
+                if P:
+                    llm.forward([episodes[batch[0]].ids[:P]], [0], opening)
+                layers = [OpeningLayer((layer.keys, layer.values) if P else None) for layer in opening]
+                return llm.forward(rows, [P] * len(rows), layers)[pick]
+
+        with torch.no_grad():
+            ref = read(None) if reference else None
+        hidden = read(adapter)
         choices = sum(ids is not None for ids in legal)
         slices = [slice(0, choices)] + [slice(k, k + llm.slice) for k in range(choices, len(tokens), llm.slice)]
         stats = [checkpoint(functools.partial(token_stats, llm, hidden[s], None if ref is None else ref[s], target[s], legal[s]),
@@ -138,6 +131,3 @@ def score(llm, episodes, budget, reference=False, adapter="default"):
         as_tensor = functools.partial(torch.tensor, device=hidden.device)
         yield MicroBatch(as_tensor([batch[r] for r, _, _ in tokens]), as_tensor([e.round[k] for _, e, k in tokens]),
                          as_tensor([e.logp[k] for _, e, k in tokens]), *(torch.cat(column) for column in zip(*stats)))
-    gathered = [(x, leaf.grad) for kv, pair in zip(opening, leaves) if kv for x, leaf in zip(kv, pair) if leaf.grad is not None]
-    if gathered:
-        torch.autograd.backward(*zip(*gathered))
