@@ -21,26 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from games import GAMES, Match, Scripted, UserError, play, players, summarize
+from games import GAMES, Match, Parser, Scripted, UserError, meet, number, play, players, summarize, table
 from loss import advantages, credits, policy_loss, returns_to_go, score
 from rollout import Policy, find_agent, load
 
 SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
-
-class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are UserErrors."""
-
-    def error(self, message):
-        raise UserError(message)
-
-def number(kind, low, high=1e15):
-    """An argparse type: an int or float from `low` to `high`."""
-    def check(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least {low}" + f" and at most {high}" * (high < 1e15))
-        return kind(text)
-    check.__name__ = "number"  # argparse says "invalid number value" with it
-    return check
 
 def parse(argv):
     """The settings of a run as a namespace, defaults filled in by game and model. Raises UserError on what cannot be."""
@@ -196,14 +181,13 @@ class Run:
         return line
 
     def table(self):
-        """Play the trained and the untrained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
-        args, count, out = self.args, min(64, self.args.games), {}
+        """Play the untrained and the trained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
+        args, out = self.args, {}
         for who, agent in (("untrained", self.untrained), ("trained", self.live)):
             for name in ["itself", *players(args.game)]:
-                other = agent if name == "itself" else Scripted(name)
-                matches = [Match(n, n, args.rounds, (agent, other)[::1 if n % 2 == 0 else -1]) for n in range(count)]
-                play(args.game, matches, [args.seed, 10 ** 9], args.max_message_tokens)
-                out.setdefault(who, {})[name] = summarize([(m, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
+                sides = meet(args.game, agent, agent if name == "itself" else Scripted(name), max(1, min(64, args.games) // 2),
+                             args.rounds, [args.seed, 10 ** 9], args.max_message_tokens)
+                out.setdefault(who, {})[name] = summarize(sides)
         return out
 
 def write(path, text):
@@ -216,19 +200,6 @@ def append(path, lines):
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-def show(table, game):
-    """The final table in words."""
-    say = "cooperation" if game != "trust_split" else "honesty"
-    row = "{:<14}{:>14} {:>7} {:>12}   {:>14} {:>7} {:>12}".format
-    print(f"\nPoints per round, and {say} (0 to 1), of the agent before and after training\n")
-    print(row("playing with", "before: agent", "other", say, "after: agent", "other", say))
-    for name in table["trained"]:
-        print(row(name, *(show_number(table[who][name][key]) for who in ("untrained", "trained")
-                          for key in ("points", "points_other", say))))
-
-def show_number(value):
-    return "-" if value is None else f"{value:.2f}"
-
 def new_folder(args):
     """The folder of a new run: --out, which must not hold one, or the first free default name."""
     if args.out:
@@ -240,19 +211,18 @@ def new_folder(args):
 
 def train(args):
     """Train as `args` say, with a progress bar, and print and save the final table."""
-    folder = new_folder(args)
-    run = Run(args, folder)
-    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed}: {args.iterations} iterations of {args.games} games -> {folder}")
-    bar = tqdm(range(args.iterations), mininterval=0.5)
-    for _ in bar:
+    run, say = Run(args, new_folder(args)), "honesty" if args.game == "trust_split" else "cooperation"
+    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed}: {args.iterations} iterations of {args.games} games -> {run.folder}")
+    for _ in (bar := tqdm(range(args.iterations), mininterval=0.5)):
         line = run.step()
-        say = "honesty" if args.game == "trust_split" else "cooperation"
-        points = line.get("points_against", line["points"])
-        bar.set_postfix_str(f"points {points:.2f}, {say} {show_number(line[say])}, entropy {line['entropy']:.3f}", refresh=False)
-    table = run.table()
-    write(run.folder / "summary.json", json.dumps(table, indent=1))
-    show(table, args.game)
-    print(f"\nEverything is in {folder}; whole games are in its transcripts.jsonl")
+        numbers = {"points": line.get("points_against", line["points"]), say: line[say], "entropy": line["entropy"]}
+        bar.set_postfix({name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
+    results = run.table()
+    write(run.folder / "summary.json", json.dumps(results, indent=1))
+    table(f"Points per round, and {say} (0 to 1), of the agent before and after training",
+          ["playing with", "before: agent", "other", say, "after: agent", "other", say],
+          [[name, *(results[who][name][key] for who in results for key in ("points", "points_other", say))] for name in results["trained"]])
+    print(f"\nEverything is in {run.folder}; whole games are in its transcripts.jsonl")
 
 def main(argv=None):
     try:

@@ -4,6 +4,7 @@ A game is a generator. It yields the turns it wants answered now and receives th
 yields a `Round`. To add one, write such a generator and enter it in `GAMES`.
 Scripted players look at `Turn.view`, the facts of a turn as data, so that nobody has to parse prose.
 """
+import argparse
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -19,6 +20,21 @@ VALUES = [(10, 1, 1), (1, 10, 1), (1, 1, 10)], [(10, 10, 1), (10, 1, 10), (1, 10
 class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one line, exit code 2."""
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors."""
+
+    def error(self, message):
+        raise UserError(message)
+
+def number(kind, low, high=1e15):
+    """An argparse type: an int or float from `low` to `high`."""
+    def check(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least {low}" + f" and at most {high}" * (high < 1e15))
+        return kind(text)
+    check.__name__ = "number"  # argparse says "invalid number value" with it
+    return check
+
 @dataclass
 class Turn:
     """One request to one seat. `text` is what it reads since its last reply; `choices` the closed list of legal replies,
@@ -33,9 +49,9 @@ class Turn:
 class Round:
     """A scored round. `points` and `facts` are per seat, `best` is the highest joint score the round allowed.
     `facts[seat]["coop"]` is True, False, or None where cooperating and defecting would have looked the same."""
-    points: tuple
+    points: list
     best: float
-    facts: tuple
+    facts: list
 
 def matrix_game(cc, cd, dc, dd):
     """A symmetric two-by-two game. `cd` is (my points, the other's) when I choose A (cooperate) and the other B."""
@@ -48,20 +64,14 @@ def matrix_game(cc, cd, dc, dd):
              "letter, A or B.\nThe first round begins. Do you choose A or B?").format(*cc, *cd, *dc, *dd)
 
     def game(rng, rounds, max_tokens=0):
-        past, texts = ([], []), (rules, rules)  # past[seat]: (I cooperated, the other did) of every round so far
+        texts = (rules, rules)
         for _ in range(rounds):
-            moves = yield [Turn(s, texts[s], ("A", "B"), {"kind": "move", "past": past[s]}) for s in (0, 1)]
-            mine, coop = points[moves[0], moves[1]], [move == "A" for move in moves]
-            yield scored(past, mine, max(map(sum, points.values())), [{"coop": coop[s], "move": moves[s]} for s in (0, 1)])
+            moves = yield [Turn(s, texts[s], ("A", "B"), {"kind": "move"}) for s in (0, 1)]
+            mine = points[moves[0], moves[1]]
+            yield Round(mine, max(map(sum, points.values())), [{"move": move, "coop": move == "A"} for move in moves])
             texts = [f"The other chose {moves[1 - s]}. You get {mine[s]} points and the other gets {mine[1 - s]}.\nNext round. "
                      "Do you choose A or B?" for s in (0, 1)]
     return game
-
-def scored(past, points, best, facts):
-    """The Round, also entered into each seat's `past`."""
-    for s in (0, 1):
-        past[s].append((facts[s]["coop"], facts[1 - s]["coop"]))
-    return Round(tuple(points), best, tuple(facts))
 
 TRUST_RULES = (
     "You play a game of many rounds with another player. In every round 10 coins are split between you two.\n"
@@ -76,11 +86,11 @@ TRUST_RULES = (
 
 def trust_split(rng, rounds, max_tokens=24):
     """Trust-and-Split (arXiv 2511.19405): private hands, one message each, then both keep 0..10 of ten coins."""
-    past, news, starter = ([], []), (TRUST_RULES, TRUST_RULES), int(rng.integers(2))
+    news, starter = (TRUST_RULES, TRUST_RULES), int(rng.integers(2))
     for t in range(rounds):
         upper, winner = int(rng.integers(2)), HANDS[rng.integers(3)]
         hands = (winner, BEATS[winner]) if upper == 0 else (BEATS[winner], winner)
-        views, said = [{"hand": hands[s], "past": past[s], "claim": None} for s in (0, 1)], ["", ""]
+        views, said = [{"hand": hand, "claim": None} for hand in hands], ["", ""]
         first = (starter + t) % 2
         for s in (first, 1 - first):
             heard = f'The other player says: "{said[first]}"\n' if s != first else ""
@@ -92,7 +102,7 @@ def trust_split(rng, rounds, max_tokens=24):
                  "number from 0 to 10." for s in (0, 1)]
         kept = [int(n) for n in (yield [Turn(s, texts[s], COUNTS, {**views[s], "kind": "keep"}) for s in (0, 1)])]
         coins = share(*kept)
-        yield scored(past, [coins[s] * (10 if s == upper else 1) for s in (0, 1)], 100, [
+        yield Round([coins[s] * (10 if s == upper else 1) for s in (0, 1)], 100, [
             {"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "kept": kept[s],
              "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5} for s in (0, 1)])
         news = [f"The other had the {'upper' if 1 - s == upper else 'lower'} hand and kept {kept[1 - s]}.\nNext round."
@@ -117,14 +127,13 @@ SPLIT_RULES = (
 
 def split(rng, rounds, max_tokens=0):
     """Open values, no messages: both keep 0..10 of ten hats, ten books and ten balls; each item shared like the coins."""
-    past, news = ([], []), (SPLIT_RULES, SPLIT_RULES)
+    news = (SPLIT_RULES, SPLIT_RULES)
     for _ in range(rounds):
         options = VALUES[rng.integers(2)]
         values = [options[i] for i in rng.permutation(3)[:2]]  # two different vectors: at least one item valued differently
         texts = ["{}\nTo you: hats {}, books {}, balls {}. To the other: hats {}, books {}, balls {}.\nHow many do you keep?"
                  .format(news[s], *values[s], *values[1 - s]) for s in (0, 1)]
-        views = [{"kind": "keep", "values": values[s], "other": values[1 - s], "past": past[s]} for s in (0, 1)]
-        replies = yield [Turn(s, texts[s], TRIPLES, views[s]) for s in (0, 1)]
+        replies = yield [Turn(s, texts[s], TRIPLES, {"kind": "keep", "values": values[s], "other": values[1 - s]}) for s in (0, 1)]
         kept = [[int(n) for n in reply.split()] for reply in replies]
         shares = [share(p, q) for p, q in zip(*kept)]  # one (seat 0, seat 1) pair per item
         facts = [{"kept": kept[s], "values": values[s],
@@ -133,20 +142,20 @@ def split(rng, rounds, max_tokens=0):
         for fact in facts:
             fact["coop"] = sum(fact["low"]) < 5 * len(fact["low"])
         points = [sum(v * item[s] for v, item in zip(values[s], shares)) for s in (0, 1)]
-        yield scored(past, points, 10 * sum(map(max, *values)), facts)
+        yield Round(points, 10 * sum(map(max, *values)), facts)
         news = ["The other kept {} hats, {} books and {} balls.\nNext round.".format(*kept[1 - s]) for s in (0, 1)]
 
 @dataclass
 class Game:
-    """A game with its reward scale (points per unit of reward) and its defaults: `real` for real models, as published (arXiv
-    2511.19405) but for fewer games and a larger learning rate; `tiny` is what changes for the built-in model."""
+    """A game, its reward scale (points per unit of reward), its defaults for `real` models (as published, but for fewer games and
+    a larger learning rate), and what differs for the built-in one."""
     play: callable
     scale: float
     real: dict
     tiny: dict
 
 BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
-TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=8, save_every=1)
+TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
 MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
 GAMES = {
     "ipd": Game(matrix_game((3, 3), (0, 5), (5, 0), (1, 1)), 5, *MATRIX),
@@ -178,7 +187,7 @@ def answer(view, style, rng):
         hand = HANDS[rng.integers(3)] if style == "random" else view["hand"]
         if style == "liar":  # the hand that beats the other's, or, not knowing it, the one that would beat its own
             hand = BEATEN_BY[view["claim"] or BEATEN_BY[hand]]
-        return f"My hand is {hand}."
+        return f"My hand is {hand}"
     if "values" in view:
         wish = [10 if style != "fair" or mine > other else 5 if mine == other else 0
                 for mine, other in zip(view["values"], view["other"])]
@@ -217,8 +226,8 @@ class Match:
     log: list = field(default_factory=list)
 
 def play(game, matches, seed, max_tokens):
-    """Play all `matches` of `game` at once, in place. `seed` is a list of ints; messages hold at most `max_tokens` tokens.
-    An agent has begin(seed, keys) and reply(keys, turns), keys being (match number, seat); see Scripted."""
+    """Play all `matches` of `game` at once, in place; `seed` is a list of ints. An agent has begin(seed, keys) and
+    reply(keys, turns), keys being (match number, seat); see Scripted."""
     for agent in dict.fromkeys(agent for m in matches for agent in m.agents):
         agent.begin([*seed, 1], [(m.number, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
     live = [(m, GAMES[game].play(np.random.default_rng([*seed, 0, m.deal]), m.rounds, max_tokens), None) for m in matches]
@@ -233,7 +242,8 @@ def play(game, matches, seed, max_tokens):
                 continue
             waiting.append((m, rules, [None] * len(step)))
             for n, turn in enumerate(step):
-                turn.view["round"] = len(m.played)
+                pairs = [(this.facts[turn.seat]["coop"], this.facts[1 - turn.seat]["coop"]) for this in m.played]
+                turn.view.update(round=len(m.played), past=pairs)  # past: (I cooperated, the other did) of every round
                 asked[m.agents[turn.seat]].append((m, waiting[-1][2], n, turn))
         for agent, todo in asked.items():
             replies = agent.reply([(m.number, turn.seat) for m, _, _, turn in todo], [turn for *_, turn in todo])
@@ -243,12 +253,9 @@ def play(game, matches, seed, max_tokens):
         live = waiting
 
 def indicators(rounds, seat):
-    """What one seat did in one game, as {name: list of numbers}, ready to be pooled over games and averaged.
-
-    Matrix games: p_c_first and p_c_XY, cooperation after own move X and the other's Y. trust_split: honesty, keep_upper,
-    keep_lower; split: keep_high, keep_low (items worth more, or less, to oneself than to the other). The suffixes
-    _after_fair and _after_greedy restrict to rounds after which the other last had, and took or passed up, its chance.
-    """
+    """What one seat did in one game, as {name: list of numbers}, to be pooled over games and averaged: p_c_XY, cooperation after
+    own move X and the other's Y; coins kept with the upper and lower hand; items kept that are worth more (high) or less (low) to
+    oneself than to the other. _after_fair and _after_greedy: after the other last had a choice, and that is what it did."""
     out, last = defaultdict(list), None
     for t, this in enumerate(rounds):
         me, other = this.facts[seat], this.facts[1 - seat]
@@ -268,6 +275,12 @@ def indicators(rounds, seat):
         last = other["coop"] if other["coop"] is not None else last
     return out
 
+def meet(game, a, b, deals, rounds, seed, max_tokens):
+    """Games of the agents `a` and `b` in both seats of each of `deals` deals: [(Match, seat of a)]."""
+    sides = [(Match(2 * deal + seat, deal, rounds, (a, b)[::1 - 2 * seat]), seat) for deal in range(deals) for seat in (0, 1)]
+    play(game, [m for m, _ in sides], seed, max_tokens)
+    return sides
+
 def summarize(sides):
     """Means over `sides`, a list of (Match, seat): points per round of the seat and of the other, welfare (share of the best
     joint score), and the indicators of the game; None where nothing was seen."""
@@ -279,3 +292,11 @@ def summarize(sides):
         for name, values in indicators(m.played, seat).items():
             seen[name] += values
     return {name: float(np.mean(values)) if values else None for name, values in seen.items()}
+
+def table(title, header, rows):
+    """Print an aligned table; numbers with two digits, None as a dash."""
+    text = [header, *([c if isinstance(c, str) else "-" if c is None else f"{c:.2f}" for c in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    print(f"\n{title}\n")
+    for row in text:
+        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))

@@ -362,7 +362,7 @@ def test_noise_replaces_that_share_of_replies_by_uniform_ones(noise, defections)
 @pytest.mark.parametrize("agent", [Scripted("random"), Scripted("defect", 1.)], ids=["random", "noise"])
 def test_random_players_are_uniform_over_hands_and_legal_replies(agent):
     said = [reply for m in games("trust_split", (agent, keeps()), 330) for seat, _, reply in m.log if seat == 0]
-    for kinds in ([f"My hand is {hand}." for hand in HANDS], [str(n) for n in range(11)]):
+    for kinds in ([f"My hand is {hand}" for hand in HANDS], [str(n) for n in range(11)]):
         seen, p = [reply for reply in said if reply in kinds], 1 / len(kinds)
         assert len(seen) == len(said) / 2
         assert all(abs(seen.count(kind) / len(seen) - p) < 4 * (p * (1 - p) / len(seen)) ** .5 for kind in kinds)

@@ -513,7 +513,7 @@ def test_games_cannot_be_repeated_or_always_are():
     assert [m.log for m in first[1]] == [m.log for m in again[1]] and first[0] == again[0]
     assert all(a.log != b.log for a, b in zip(first[1], other[1]))
     one, two = (one_turn(llm, keys=[(n, 0) for n in range(5)], seed=seed)[0] for seed in (5, 6))  # the deal aside
-    assert all(a != b for a, b in zip(one, two))
+    assert sum(a != b for a, b in zip(one, two)) > 3  # two empty messages may coincide
 
 
 def test_rows_of_one_deal_are_all_sampled_alike():
