@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import os
-import pathlib
 import sys
 from collections import defaultdict
 from importlib import metadata
@@ -18,22 +17,16 @@ from importlib import metadata
 import numpy as np
 from tqdm import tqdm
 
-from games import GAMES, Parser, UserError, meet, number, players, summarize, table
-from rollout import find_agent, load
+from games import GAMES, Human, Parser, UserError, meet, number, players, printable, summarize, table
+from rollout import find_agent, load, read, write
 
 STATES = ("p_c_first", "p_c_cc", "p_c_cd", "p_c_dc", "p_c_dd")
 NAMED = {"always cooperate": (1, 1, 1, 1, 1), "always defect": (0, 0, 0, 0, 0), "tit for tat": (1, 1, 0, 1, 0),
          "grim trigger": (1, 1, 0, 0, 0), "win-stay lose-shift": (1, 1, 0, 0, 1), "coin toss": (.5, .5, .5, .5, .5)}
-FINGERPRINT = {"trust_split": ("honesty", "keep_upper", "keep_lower", "keep_lower_after_fair", "keep_lower_after_greedy"),
-               "split": ("keep_high", "keep_low", "keep_low_after_fair", "keep_low_after_greedy")}
-
-def read(run, name="config.json"):
-    """A run's .json file, or its .jsonl file as a list. Raises UserError where there is none that can be read."""
-    try:
-        text = pathlib.Path(run, name).read_text(encoding="utf-8")
-        return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run} is not a run, or its {name} is damaged ({error})") from None
+FINGERPRINT = {"trust_split": [f"{name}{after}" for after in ("", "_after_fair", "_after_greedy")
+                               for name in ("honesty", "keep_upper", "keep_lower")],
+               "split": [f"{name}{after}" for after in ("", "_after_fair", "_after_greedy") for name in ("keep_high", "keep_low")]}
+KEPT = ":\nhonesty 0 to 1, and of ten coins or items how many are kept; then the same after the other was last fair, or greedy"
 
 def find_agents(args):
     """{label: agent} for --agents, all adapters on one loaded model, and {label: labels of the runs trained against it}; fills
@@ -43,7 +36,8 @@ def find_agents(args):
     first = {"game": "trust_split", "model": "tiny", "quant": "none", "rounds": 10, **next(iter(runs.values()), {})}
     for key in ("game", "model", "quant", "rounds"):
         setattr(args, key, getattr(args, key) or first[key])
-    args.max_message_tokens = first.get("max_message_tokens", (GAMES[args.game].tiny if args.model == "tiny" else GAMES[args.game].real)["max_message_tokens"])
+    args.games = args.games or (1 if "human" in args.agents else 64)
+    args.max_message_tokens = first.get("max_message_tokens", (GAMES[args.game].tiny if args.model.startswith("tiny") else GAMES[args.game].real)["max_message_tokens"])
     for name, settings in runs.items():
         for key in ("game", "model"):
             if settings[key] != getattr(args, key):
@@ -67,6 +61,10 @@ def estimate(values):
     """(mean, standard error of the mean) of one number per deal."""
     return float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** .5) if len(values) > 1 else 0.
 
+def none_for_nan(values):
+    """Nested lists for JSON, which has no nan."""
+    return np.where(np.isnan(values), None, values).tolist()
+
 def nearest(profile):
     """The named memory-one strategy with the smallest largest difference to `profile`, five probabilities or None."""
     far = {name: max(abs(p - q) for p, q in zip(profile, named) if p is not None) for name, named in NAMED.items()}
@@ -75,7 +73,8 @@ def nearest(profile):
 def evaluate(args):
     """Cross-play, robustness and fingerprints of --agents: printed, saved as JSON and, with --plot, drawn."""
     agents, learned = find_agents(args)
-    names, scripted = list(agents), [name for name in players(args.game) if name != "random"]
+    names, people = list(agents), [name for name in agents if isinstance(agents[name], Human)]
+    adversaries = [name for name in players(args.game) if name != "random"]
     everyone = {**{name: find_agent(name, args.game, None) for name in players(args.game)}, **agents}
 
     @functools.cache
@@ -84,20 +83,27 @@ def evaluate(args):
             return [(m, 1 - seat) for m, seat in sides(b, a)]
         return meet(args.game, everyone[a], everyone[b], args.games, args.rounds, [args.seed], args.max_message_tokens)
 
-    apart = [(name, other) for name in learned for other in scripted] + [(name, "random") for name in names]
-    for pair in tqdm([*itertools.combinations_with_replacement(names, 2), *apart], desc="playing", leave=False):
+    pairs = [pair for pair in itertools.combinations_with_replacement(names, 2) if set(pair) - set(people)]
+    apart = [(name, other) for name in learned for other in adversaries] + [(name, "random") for name in names if name not in people]
+    for pair in tqdm(pairs + apart, desc="playing", leave=False, disable=bool(people) or None):
         sides(*pair)
-    cells = np.array([[estimate(points(sides(a, b))[:, 0]) for b in names] for a in names])
+    played = {pair for a, b in pairs for pair in ((a, b), (b, a))}
+    cells = np.array([[estimate(points(sides(a, b))[:, 0]) if (a, b) in played else (np.nan, np.nan) for b in names] for a in names])
+    welfare = [[summarize(sides(a, b))["welfare"] if (a, b) in played else None for b in names] for a in names]
     out = {"game": args.game, "agents": names, "games": args.games, "rounds": args.rounds, "seed": args.seed,
            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
-           "matrix": cells[..., 0].tolist(), "standard_errors": cells[..., 1].tolist(),
-           "welfare": [[summarize(sides(a, b))["welfare"] for b in names] for a in names], "robustness": {}, "fingerprints": {}}
-    rows = [line for n, name in enumerate(names) for line in (
-        [f"{n + 1} {name[-16:]}", *(f"{mean:.1f}" for mean in cells[n, :, 0])], ["", *(f"+-{error:.1f}" for error in cells[n, :, 1])])]
+           "matrix": none_for_nan(cells[..., 0]), "standard_errors": none_for_nan(cells[..., 1]), "welfare": welfare,
+           "robustness": {}, "fingerprints": {}, "invalid": {name: len(getattr(agents[name], "invalid", ())) for name in names}}
+    labels, numbers = [f"{n + 1} {name[-16:]}" for n, name in enumerate(names)], [str(n + 1) for n in range(len(names))]
+    rows = [line for n, label in enumerate(labels) for line in (
+        [label, *(f"{mean:.1f}" for mean in cells[n, :, 0])], ["", *(f"+-{error:.1f}" for error in cells[n, :, 1])])]
+    rows = [[cell if "nan" not in cell else "-" for cell in row] for row in rows]
     table(f"{args.game}: points per round of the row agent against the column agent, +- standard error over {args.games} deals",
-          ["", *(str(n + 1) for n in range(len(names)))], rows)
+          ["", *numbers], rows)
+    table("Welfare: the share of the best joint score that the two reach together", ["", *numbers],
+          [[label, *row] for label, row in zip(labels, welfare)])
     for name, rivals in learned.items():
-        taken = {other: points(sides(name, other))[:, 1] for other in [*scripted, *rivals]}
+        taken = {other: points(sides(name, other))[:, 1] for other in [*adversaries, *rivals]}
         best = max(taken, key=lambda other: taken[other].mean())
         gain, error = estimate(taken[best] - taken["cooperate"])
         out["robustness"][name] = {
@@ -106,18 +112,18 @@ def evaluate(args):
     if learned:
         table("Welfare with itself, and what an adversary takes from it beyond what a fair player gets in the same deals",
               ["", *next(iter(out["robustness"].values()))], [[name[-16:], *row.values()] for name, row in out["robustness"].items()])
-    keys = FINGERPRINT.get(args.game, STATES)
-    for name in names:
+    profile = {}
+    for name in (name for name in names if name not in people):
         seen = summarize(sides(name, "random"))  # a random player leads everyone into every situation
-        out["fingerprints"][name] = {key.removeprefix("keep_lower_").removeprefix("keep_low_"): seen.get(key) for key in keys}
-        if keys is STATES:
-            out["fingerprints"][name]["nearest to"] = nearest([seen.get(key) for key in keys])
-    table("Fingerprints, measured against a random player", ["", *out["fingerprints"][names[0]]],
-          [[name[-16:], *row.values()] for name, row in out["fingerprints"].items()])
-    for name in names:
-        if out.setdefault("invalid", {}).setdefault(name, getattr(agents[name], "invalid", 0)):
-            print(f"\n{name}: {agents[name].invalid} turns without a legal reply, answered at random")
-    pathlib.Path(args.out).write_text(json.dumps(out, indent=1), encoding="utf-8")
+        out["fingerprints"][name] = profile = {key: seen.get(key) for key in FINGERPRINT.get(args.game, STATES)}
+        if args.game not in FINGERPRINT:
+            profile["nearest to"] = nearest(list(profile.values()))
+    short = [key.replace("keep_", "").replace("_after", "").replace("honesty", "honest") for key in profile]
+    table("Fingerprints, measured against a random player" + KEPT * (args.game in FINGERPRINT),
+          ["", *short], [[name[-16:], *row.values()] for name, row in out["fingerprints"].items()])
+    for name in (name for name in names if out["invalid"][name]):
+        print(f"\n{name}: {out['invalid'][name]} turns without a legal reply, answered at random")
+    write(args.out, json.dumps(out, indent=1).encode())
     print(f"\nThe numbers are in {args.out}")
     if args.plot:
         plot_matrix(args.plot, out)
@@ -173,7 +179,7 @@ def show(run, iteration):
         print("\n=== iteration {}: player 1 is {}, player 2 is {} ===".format(game["iteration"], *game["players"]))
         scores, per_round = iter(game["points"]), len(game["turns"]) // len(game["points"])
         for n, turn in enumerate(game["turns"], 1):
-            text, reply = ("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in turn[key]) for key in ("text", "reply"))
+            text, reply = printable(turn["text"]), printable(turn["reply"])
             said = f"player {turn['seat'] + 1}: {reply}"
             said = f"\033[3{3 + 3 * turn['seat']}m{said}\033[0m" if sys.stdout.isatty() else said
             print("\n".join(" " * 40 * turn["seat"] + line for line in [*("  " + line for line in text.split("\n")), said]))
@@ -188,7 +194,7 @@ def parse(argv):
     add("runs", nargs="*", help="runs to draw the learning curves of, with --plot")
     add("--agents", nargs="+", default=[], help="who plays whom")
     add("--game", choices=list(GAMES), help="which game (default: that of the first run, else trust_split)")
-    add("--games", type=number(int, 1), default=64, help="deals per pair, each played in both seats (default: 64)")
+    add("--games", type=number(int, 1), help="deals per pair, each played in both seats (default: 64, or 1 with human)")
     add("--rounds", type=number(int, 1), help="rounds per game (default: that of the first run, else 10)")
     add("--model", help="what base and bare adapters stand on (default: that of the first run, else tiny)")
     add("--quant", choices=["nf4", "none"], help="its weights, 4 bits or not (default: that of the first run, else none)")
@@ -214,6 +220,8 @@ def main(argv=None):
     except UserError as error:
         print(f"eval: {error}", file=sys.stderr)
         return 2
+    except (EOFError, KeyboardInterrupt):
+        print("\neval: left before the end; nothing was saved", file=sys.stderr)
     return 0
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ class Turn:
 
 @dataclass
 class Round:
-    """A scored round. `points` and `facts` are per seat, `best` is the highest joint score the round allowed.
-    `facts[seat]["coop"]` is True, False, or None where cooperating and defecting would have looked the same."""
+    """A scored round. `points` and `facts` are per seat, `best` is the highest joint score the round allowed. In `facts[seat]`,
+    "coop" is True, False, or None where cooperating and defecting would have looked the same, "seen" {indicator: list of numbers}."""
     points: list
     best: float
     facts: list
@@ -64,11 +64,13 @@ def matrix_game(cc, cd, dc, dd):
              "letter, A or B.\nThe first round begins. Do you choose A or B?").format(*cc, *cd, *dc, *dd)
 
     def game(rng, rounds, max_tokens=0):
-        texts = (rules, rules)
+        texts, state = (rules, rules), ("first", "first")
         for _ in range(rounds):
             moves = yield [Turn(s, texts[s], ("A", "B"), {"kind": "move"}) for s in (0, 1)]
             mine = points[moves[0], moves[1]]
-            yield Round(mine, max(map(sum, points.values())), [{"move": move, "coop": move == "A"} for move in moves])
+            yield Round(mine, max(map(sum, points.values())), [
+                {"coop": moves[s] == "A", "seen": {f"p_c_{state[s]}": [moves[s] == "A"]}} for s in (0, 1)])
+            state = ["".join("c" if move == "A" else "d" for move in pair) for pair in (moves, moves[::-1])]  # own, other's
             texts = [f"The other chose {moves[1 - s]}. You get {mine[s]} points and the other gets {mine[1 - s]}.\nNext round. "
                      "Do you choose A or B?" for s in (0, 1)]
     return game
@@ -102,9 +104,11 @@ def trust_split(rng, rounds, max_tokens=24):
                  "number from 0 to 10." for s in (0, 1)]
         kept = [int(n) for n in (yield [Turn(s, texts[s], COUNTS, {**views[s], "kind": "keep"}) for s in (0, 1)])]
         coins = share(*kept)
-        yield Round([coins[s] * (10 if s == upper else 1) for s in (0, 1)], 100, [
-            {"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "kept": kept[s],
-             "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5} for s in (0, 1)])
+        facts = [{"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "kept": kept[s],
+                  "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5} for s in (0, 1)]
+        for fact in facts:
+            fact["seen"] = {"honesty": [fact["honest"]], "keep_upper" if fact["upper"] else "keep_lower": [fact["kept"]]}
+        yield Round([coins[s] * (10 if s == upper else 1) for s in (0, 1)], 100, facts)
         news = [f"The other had the {'upper' if 1 - s == upper else 'lower'} hand and kept {kept[1 - s]}.\nNext round."
                 for s in (0, 1)]
 
@@ -136,11 +140,12 @@ def split(rng, rounds, max_tokens=0):
         replies = yield [Turn(s, texts[s], TRIPLES, {"kind": "keep", "values": values[s], "other": values[1 - s]}) for s in (0, 1)]
         kept = [[int(n) for n in reply.split()] for reply in replies]
         shares = [share(p, q) for p, q in zip(*kept)]  # one (seat 0, seat 1) pair per item
-        facts = [{"kept": kept[s], "values": values[s],
-                  "high": [k for k, mine, other in zip(kept[s], values[s], values[1 - s]) if mine > other],
-                  "low": [k for k, mine, other in zip(kept[s], values[s], values[1 - s]) if mine < other]} for s in (0, 1)]
-        for fact in facts:
-            fact["coop"] = sum(fact["low"]) < 5 * len(fact["low"])
+        facts = []
+        for s in (0, 1):
+            items = list(zip(kept[s], values[s], values[1 - s]))
+            low = [k for k, mine, other in items if mine < other]
+            facts.append({"kept": kept[s], "values": values[s], "coop": sum(low) < 5 * len(low),
+                          "seen": {"keep_low": low, "keep_high": [k for k, mine, other in items if mine > other]}})
         points = [sum(v * item[s] for v, item in zip(values[s], shares)) for s in (0, 1)]
         yield Round(points, 10 * sum(map(max, *values)), facts)
         news = ["The other kept {} hats, {} books and {} balls.\nNext round.".format(*kept[1 - s]) for s in (0, 1)]
@@ -198,21 +203,40 @@ def answer(view, style, rng):
         return "10"
     return "0" if BEATEN_BY[view["hand"]] == view["claim"] else "5"  # without a believable claim, half
 
-class Scripted:
+class Player:
+    """A player that answers one turn at a time. `keys` are (game, seat), each with random numbers of its own."""
+
+    def begin(self, seed, keys):
+        """Forget all games and prepare for those of `keys`; `seed` is a list of ints."""
+        self.rngs = {key: np.random.default_rng([*seed, *key]) for key in keys}
+
+    def reply(self, keys, turns):
+        """Replies (list of str) to `turns`; `keys[i]` says whose turn it is."""
+        return [self.ask(key, turn) for key, turn in zip(keys, turns)]
+
+class Scripted(Player):
     """A scripted player of any game. `noise` is the probability of a uniformly random reply instead of its own."""
 
     def __init__(self, name, noise=0.):
         self.name, self.noise = name, noise
 
-    def begin(self, seed, keys):
-        """Forget all games; `keys` are the (game, seat) to play, each with random numbers of its own from `seed` (ints)."""
-        self.rngs = {key: np.random.default_rng([*seed, *key]) for key in keys}
+    def ask(self, key, turn):
+        rng = self.rngs[key]
+        lost = self.noise and rng.random() < self.noise
+        return answer(turn.view, "random" if lost else STYLES[self.name](turn.view["past"]), rng)
 
-    def reply(self, keys, turns):
-        """Replies (list of str) to `turns`; `keys[i]` = (game, seat) says whose turn it is."""
-        styles = ["random" if self.noise and self.rngs[key].random() < self.noise else STYLES[self.name](turn.view["past"])
-                  for key, turn in zip(keys, turns)]
-        return [answer(turn.view, style, self.rngs[key]) for key, turn, style in zip(keys, turns, styles)]
+class Human(Player):
+    """The person at the terminal, asked until the reply is a legal one. EOFError at the end of input (Ctrl-D)."""
+
+    def ask(self, key, turn):
+        print(f"\n[game {key[0] + 1}, round {turn.view['round'] + 1}]\n{printable(turn.text)}")
+        while (said := input("> ").strip()) not in (turn.choices or [said]):
+            print(f"That is not a legal reply; legal are {', '.join(turn.choices[:11])}{', ...' * (len(turn.choices) > 11)}")
+        return said
+
+def printable(text):
+    """`text` with all control characters but line breaks spelled out, so that a terminal shows and does not obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 @dataclass
 class Match:
@@ -226,8 +250,8 @@ class Match:
     log: list = field(default_factory=list)
 
 def play(game, matches, seed, max_tokens):
-    """Play all `matches` of `game` at once, in place; `seed` is a list of ints. An agent has begin(seed, keys) and
-    reply(keys, turns), keys being (match number, seat); see Scripted."""
+    """Play all `matches` of `game` at once, in place; `seed` is a list of ints. Agents have begin and reply; see Player.
+    ValueError where a game scores a round outside its range."""
     for agent in dict.fromkeys(agent for m in matches for agent in m.agents):
         agent.begin([*seed, 1], [(m.number, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
     live = [(m, GAMES[game].play(np.random.default_rng([*seed, 0, m.deal]), m.rounds, max_tokens), None) for m in matches]
@@ -236,6 +260,8 @@ def play(game, matches, seed, max_tokens):
         for m, rules, replies in live:
             try:
                 while isinstance(step := rules.send(replies), Round):
+                    if not (min(step.points) >= 0 and sum(step.points) <= step.best * (1 + 1e-9)):
+                        raise ValueError(f"{game}: points {step.points} of a round are not within 0 and {step.best} together")
                     m.played.append(step)
                     replies = None
             except StopIteration:
@@ -253,32 +279,24 @@ def play(game, matches, seed, max_tokens):
         live = waiting
 
 def indicators(rounds, seat):
-    """What one seat did in one game, as {name: list of numbers}, to be pooled over games and averaged: p_c_XY, cooperation after
-    own move X and the other's Y; coins kept with the upper and lower hand; items kept that are worth more (high) or less (low) to
-    oneself than to the other. _after_fair and _after_greedy: after the other last had a choice, and that is what it did."""
+    """What one seat did in one game, {name: list of numbers} to be pooled over games and averaged: what the game itself has `seen`,
+    and that again _after_fair and _after_greedy: after the other last had a choice, and that is what it did (p_c_XY says so itself)."""
     out, last = defaultdict(list), None
-    for t, this in enumerate(rounds):
-        me, other = this.facts[seat], this.facts[1 - seat]
-        seen = {"cooperation": [float(me["coop"])] if me["coop"] is not None else []}
-        if "move" in me:
-            before = rounds[t - 1].facts
-            state = "dc"[before[seat]["coop"]] + "dc"[before[1 - seat]["coop"]] if t else "first"
-            seen[f"p_c_{state}"] = seen["cooperation"]
-        elif "upper" in me:
-            seen.update({"honesty": [float(me["honest"])], "keep_upper" if me["upper"] else "keep_lower": [me["kept"]]})
-        else:
-            seen.update(keep_high=me["high"], keep_low=me["low"])
-        for name, values in seen.items():
+    for this in rounds:
+        me, other = this.facts[seat], this.facts[1 - seat]["coop"]
+        for name, values in {"cooperation": [] if me["coop"] is None else [me["coop"]], **me["seen"]}.items():
             out[name] += values
-            if last is not None and "move" not in me:
+            if last is not None and not name.startswith("p_c"):
                 out[f"{name}_after_{'fair' if last else 'greedy'}"] += values
-        last = other["coop"] if other["coop"] is not None else last
+        last = last if other is None else other
     return out
 
 def meet(game, a, b, deals, rounds, seed, max_tokens):
     """Games of the agents `a` and `b` in both seats of each of `deals` deals: [(Match, seat of a)]."""
     sides = [(Match(2 * deal + seat, deal, rounds, (a, b)[::1 - 2 * seat]), seat) for deal in range(deals) for seat in (0, 1)]
-    play(game, [m for m, _ in sides], seed, max_tokens)
+    matches, person = [m for m, _ in sides], isinstance(a, Human) or isinstance(b, Human)
+    for batch in [[m] for m in matches] if person else [matches]:  # people play one game after the other
+        play(game, batch, seed, max_tokens)
     return sides
 
 def summarize(sides):

@@ -5,32 +5,74 @@ replies; what all of them share is written, not sampled. Every token of a conver
 
 Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary.
 """
+import concurrent.futures
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
+import pathlib
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
+import safetensors.torch
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels while it is imported
 import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
 import tiny
-from games import Scripted, UserError, players
+from games import Human, Scripted, UserError, players
 from tiny import Framing, build_trie
 
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers.utils.logging.disable_progress_bar()
+
+def write(path, data):
+    """Replace the file `path` by `data` (bytes), whole or not at all, and on the disk before this returns."""
+    with open(f"{path}.new", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
+
+def read(run, name="config.json"):
+    """A run's .json file (a dict), or its .jsonl file as a list of dicts. Raises UserError where there is none that can be read."""
+    try:
+        text = pathlib.Path(run, name).read_text(encoding="utf-8")
+        found = [json.loads(part) for part in ([text] if name.endswith(".json") else text.splitlines())]
+        if not found or not all(isinstance(part, dict) for part in found):
+            raise ValueError("it does not hold what it should")
+        return found[0] if name.endswith(".json") else found
+    except (OSError, ValueError) as error:
+        raise UserError(f"{os.path.join(run, name)} is missing or damaged ({error}); name the folder of a run") from None
+
+def write_tensors(path, tensors, info):
+    """Replace the safetensors file `path` by `tensors` (dict) and the text `info`, with a checksum of both."""
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    write(path, safetensors.torch.save(tensors, {"info": checksum(tensors, info) + info}))  # more keys would have no fixed order
+
+def checksum(tensors, info):
+    return hashlib.sha256(safetensors.torch.save(tensors) + info.encode()).hexdigest()
+
+def read_tensors(path):
+    """(tensors, info) of a safetensors file; info is "" where another program wrote it. Raises UserError where it is missing or damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors, info = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("info", "")
+        if info and checksum(tensors, info[64:]) != info[:64]:
+            raise ValueError("its checksum is wrong")
+        return tensors, info[64:]
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({error})") from None
 
 @dataclass
 class Episode:
@@ -85,7 +127,8 @@ class LLM:
         torch.manual_seed(seed)
         self.model = peft.get_peft_model(base, peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM",
                                                                target_modules="all-linear"))
-        self.model.peft_config["default"].base_model_name_or_path = name
+        config = self.model.peft_config["default"]
+        config.base_model_name_or_path, config.target_modules = name, sorted(config.target_modules)  # a set has no order of its own
         for layer in self.decoder.layers:
             layer.forward = functools.partial(self.layer_forward, layer.forward)
 
@@ -142,24 +185,28 @@ class LLM:
         return self.tries[choices]
 
     def save_adapter(self, folder, adapter="default"):
-        """Write an adapter in PEFT's format, the weights replaced whole."""
+        """Write an adapter in PEFT's format, each file whole or not at all; the checksum of the weights covers the configuration."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.model.peft_config[adapter].save_pretrained(scratch)
+            config = pathlib.Path(scratch, "adapter_config.json").read_text(encoding="utf-8")
         os.makedirs(folder, exist_ok=True)
+        write(os.path.join(folder, "adapter_config.json"), config.encode())
         weights = peft.get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
-        save_file({k: v.contiguous() for k, v in weights.items()}, os.path.join(folder, "adapter.new"))
-        os.replace(os.path.join(folder, "adapter.new"), os.path.join(folder, "adapter_model.safetensors"))
-        self.model.peft_config[adapter].save_pretrained(folder)
+        write_tensors(os.path.join(folder, "adapter_model.safetensors"), weights, config)
 
     def load_adapter(self, folder, adapter):
         """Put the adapter saved in `folder` under the name `adapter`. Raises UserError where it was trained on another base."""
+        weights, config = read_tensors(os.path.join(folder, "adapter_model.safetensors"))
         try:
+            if config not in ("", pathlib.Path(folder, "adapter_config.json").read_text(encoding="utf-8")):
+                raise ValueError("adapter_config.json is not the one it was saved with")
             saved = peft.PeftConfig.from_pretrained(folder)
             if saved.base_model_name_or_path != self.name:
                 raise UserError(f"the adapter in {folder} was trained on {saved.base_model_name_or_path}, not on {self.name}")
             if adapter not in self.model.peft_config:
                 self.model.add_adapter(adapter, saved)
-            weights = load_file(os.path.join(folder, "adapter_model.safetensors"), device=str(self.device))
             peft.set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise UserError(f"the adapter in {folder} is damaged ({' '.join(str(error).split())[:120]})") from error
 
     def token_budget(self):
@@ -264,12 +311,59 @@ class Policy:
             self.cached[b] += len(ids)
         return hidden[torch.arange(len(rows)), torch.tensor([len(ids) - 1 for ids in new])]
 
+class Api:
+    """A chat model behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY), asked with plain chat messages.
+    `invalid` lists the (game, seat) of every turn that got no legal reply and was answered at random, or with silence."""
+
+    def __init__(self, model):
+        try:
+            import openai
+            self.errors = openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError  # what nonsense is turned into
+            self.final = openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError
+            self.client = openai.OpenAI(max_retries=3, timeout=30)  # which backs off before it tries again
+        except ImportError:
+            raise UserError("an api: agent needs the openai package; pip install openai") from None
+        except openai.OpenAIError:
+            raise UserError("an api: agent needs a key; set OPENAI_API_KEY (and OPENAI_BASE_URL for another server)") from None
+        self.model, self.invalid = model, []
+
+    def begin(self, seed, keys):
+        """Forget all games and prepare for those of `keys`; see Policy."""
+        self.chats, self.rngs = {key: [] for key in keys}, {key: np.random.default_rng([*seed, *key]) for key in keys}
+
+    def reply(self, keys, turns):
+        """Replies (list of str) to `turns`, asked for at the same time. UserError where the server refuses key or model."""
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            return list(pool.map(self.ask, keys, turns))
+
+    def ask(self, key, turn):
+        """The legal reply in three tries, each of them repeated when the server fails; else a random one."""
+        chat = self.chats[key]
+        chat.append({"role": "user", "content": turn.text})
+        said = None
+        for _ in range(3):
+            try:
+                answer = self.client.chat.completions.create(model=self.model, messages=chat, max_tokens=turn.max_tokens or 8)
+                said = answer.choices[0].message.content.strip()
+            except self.final as error:
+                raise UserError(f"api:{self.model} is refused by the server (status {error.status_code}); check the model's "
+                                "name, OPENAI_API_KEY and OPENAI_BASE_URL") from None
+            except self.errors:
+                break
+            if said in (turn.choices or [said]):
+                break
+        if said is None or turn.choices and said not in turn.choices:
+            self.invalid.append(key)
+            said = turn.choices[self.rngs[key].integers(len(turn.choices))] if turn.choices else ""
+        chat.append({"role": "assistant", "content": said})
+        return said
+
 def load(name, quant, game, lora_rank=8, seed=0):
     """The model `name` ("tiny...", a folder, or a hub id) with a fresh adapter "default" of that rank, drawn from `seed`.
     quant "nf4": 4-bit weights; "none": float32 on the CPU, bfloat16 on the GPU. Raises UserError for what cannot be had."""
     if name.startswith("tiny") and not os.path.exists(name):
         return LLM(*tiny.load(name, game), lora_rank, seed, f"{name} {game}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     options = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32, "device_map": {"": device}}
     if quant == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -285,15 +379,19 @@ def load(name, quant, game, lora_rank=8, seed=0):
     return llm
 
 def find_agent(name, game, llm):
-    """The agent called `name`: a scripted player of `game`, "base" (the model without adapter), or the folder
+    """The agent called `name`: a scripted player of `game`, human, api:MODEL, base (the model without adapter), or the folder
     of a run or an adapter, to be loaded on `llm`. Raises UserError where there is none of that name."""
     if name in players(game):
         return Scripted(name)
+    if name == "human":
+        return Human()
+    if name.startswith("api:"):
+        return Api(name[4:])
     if name == "base":
         return Policy(llm, None)
     folder = os.path.join(name, "adapter") if os.path.isdir(os.path.join(name, "adapter")) else name
     if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-        raise UserError(f"no agent is called {name}; give a run's folder, base, or {', '.join(players(game))}")
+        raise UserError(f"no agent is called {name}; give a run's folder, base, human, api:MODEL, or {', '.join(players(game))}")
     adapter = f"agent{len(llm.model.peft_config)}"
     llm.load_adapter(folder, adapter)
     return Policy(llm, adapter)

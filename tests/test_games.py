@@ -408,9 +408,11 @@ def profile(match, seat):
 def test_indicators_of_a_matrix_game_state_own_move_before_the_other_s():
     [match] = games("ipd", (moves("AABAB"), moves("ABAAB")), rounds=5)  # states of seat 0: cc, cd, dc, cc
     assert profile(match, 0) == {
-        "cooperation": [1, 1, 0, 1, 0], "p_c_first": [1], "p_c_cc": [1, 0], "p_c_cd": [0], "p_c_dc": [1]}
+        "cooperation": [1, 1, 0, 1, 0], "p_c_first": [1], "p_c_cc": [1, 0], "p_c_cd": [0], "p_c_dc": [1],
+        "cooperation_after_fair": [1, 1, 0], "cooperation_after_greedy": [0]}
     assert profile(match, 1) == {
-        "cooperation": [1, 0, 1, 1, 0], "p_c_first": [1], "p_c_cc": [0, 0], "p_c_dc": [1], "p_c_cd": [1]}
+        "cooperation": [1, 0, 1, 1, 0], "p_c_first": [1], "p_c_cc": [0, 0], "p_c_dc": [1], "p_c_cd": [1],
+        "cooperation_after_fair": [0, 1, 0], "cooperation_after_greedy": [1]}
 
 
 def test_indicators_of_trust_split_by_hand():
