@@ -6,11 +6,7 @@
 
 All pairs of agents play the same deals in both seats, so differences between agents are not differences of luck.
 """
-import functools
-import itertools
-import json
-import os
-import sys
+import functools, itertools, json, os, pathlib, sys
 from collections import defaultdict
 from importlib import metadata
 
@@ -18,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from games import GAMES, Human, Parser, UserError, meet, number, players, printable, summarize, table
-from rollout import find_agent, load, read, write
+from rollout import find_agent, load
 
 STATES = ("p_c_first", "p_c_cc", "p_c_cd", "p_c_dc", "p_c_dd")
 NAMED = {"always cooperate": (1, 1, 1, 1, 1), "always defect": (0, 0, 0, 0, 0), "tit for tat": (1, 1, 0, 1, 0),
@@ -27,6 +23,14 @@ FINGERPRINT = {"trust_split": [f"{name}{after}" for after in ("", "_after_fair",
                                for name in ("honesty", "keep_upper", "keep_lower")],
                "split": [f"{name}{after}" for after in ("", "_after_fair", "_after_greedy") for name in ("keep_high", "keep_low")]}
 KEPT = ":\nhonesty 0 to 1, and of ten coins or items how many are kept; then the same after the other was last fair, or greedy"
+
+def read(run, name="config.json"):
+    """A run's .json file (a dict), or its .jsonl file (a list of dicts). Raises UserError where there is none that can be read."""
+    try:
+        lines = pathlib.Path(run, name).read_text(encoding="utf-8").splitlines()
+        return [{**json.loads(line)} for line in lines] if name.endswith("l") else {**json.loads("".join(lines))}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{os.path.join(run, name)} is missing or damaged ({error}); name the folder of a run") from None
 
 def find_agents(args):
     """{label: agent} for --agents, all adapters on one loaded model, and {label: labels of the runs trained against it}; fills
@@ -123,7 +127,7 @@ def evaluate(args):
           ["", *short], [[name[-16:], *row.values()] for name, row in out["fingerprints"].items()])
     for name in (name for name in names if out["invalid"][name]):
         print(f"\n{name}: {out['invalid'][name]} turns without a legal reply, answered at random")
-    write(args.out, json.dumps(out, indent=1).encode())
+    pathlib.Path(args.out).write_text(json.dumps(out, indent=1), encoding="utf-8")
     print(f"\nThe numbers are in {args.out}")
     if args.plot:
         plot_matrix(args.plot, out)

@@ -4,8 +4,7 @@ A game is a generator. It yields the turns it wants answered now and receives th
 yields a `Round`. To add one, write such a generator and enter it in `GAMES`.
 Scripted players look at `Turn.view`, the facts of a turn as data, so that nobody has to parse prose.
 """
-import argparse
-import re
+import argparse, re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -30,7 +29,7 @@ def number(kind, low, high=1e15):
     """An argparse type: an int or float from `low` to `high`."""
     def check(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least {low}" + f" and at most {high}" * (high < 1e15))
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be from {low} to {high:g}")
         return kind(text)
     check.__name__ = "number"  # argparse says "invalid number value" with it
     return check
@@ -105,9 +104,9 @@ def trust_split(rng, rounds, max_tokens=24):
         kept = [int(n) for n in (yield [Turn(s, texts[s], COUNTS, {**views[s], "kind": "keep"}) for s in (0, 1)])]
         coins = share(*kept)
         facts = [{"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "kept": kept[s],
-                  "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5} for s in (0, 1)]
-        for fact in facts:
-            fact["seen"] = {"honesty": [fact["honest"]], "keep_upper" if fact["upper"] else "keep_lower": [fact["kept"]]}
+                  "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5,
+                  "seen": {"honesty": [claim(said[s]) == hands[s]], "keep_upper" if s == upper else "keep_lower": [kept[s]]}}
+                 for s in (0, 1)]
         yield Round([coins[s] * (10 if s == upper else 1) for s in (0, 1)], 100, facts)
         news = [f"The other had the {'upper' if 1 - s == upper else 'lower'} hand and kept {kept[1 - s]}.\nNext round."
                 for s in (0, 1)]

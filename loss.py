@@ -3,8 +3,7 @@
 Axes: B games (rows), T rounds, N sampled tokens. Rows of different length are padded with zeros and a mask. Symbols follow
 arXiv 2511.19405 (Advantage Alignment with a group-relative baseline); each formula stands in its function's docstring.
 """
-import functools
-import os
+import functools, os
 from collections import namedtuple
 
 import torch

@@ -5,74 +5,29 @@ replies; what all of them share is written, not sampled. Every token of a conver
 
 Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary.
 """
-import concurrent.futures
-import contextlib
-import functools
-import hashlib
-import json
-import logging
-import os
-import pathlib
-import tempfile
-import warnings
+import contextlib, functools, inspect, logging, os, warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import safetensors.torch
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels while it is imported
 import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
 import tiny
-from games import Human, Scripted, UserError, players
+from games import Human, Player, Scripted, UserError, players
 from tiny import Framing, build_trie
 
 transformers.utils.logging.set_verbosity_error()
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 transformers.utils.logging.disable_progress_bar()
-
-def write(path, data):
-    """Replace the file `path` by `data` (bytes), whole or not at all, and on the disk before this returns."""
-    with open(f"{path}.new", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.new", path)
-
-def read(run, name="config.json"):
-    """A run's .json file (a dict), or its .jsonl file as a list of dicts. Raises UserError where there is none that can be read."""
-    try:
-        text = pathlib.Path(run, name).read_text(encoding="utf-8")
-        found = [json.loads(part) for part in ([text] if name.endswith(".json") else text.splitlines())]
-        if not found or not all(isinstance(part, dict) for part in found):
-            raise ValueError("it does not hold what it should")
-        return found[0] if name.endswith(".json") else found
-    except (OSError, ValueError) as error:
-        raise UserError(f"{os.path.join(run, name)} is missing or damaged ({error}); name the folder of a run") from None
-
-def write_tensors(path, tensors, info):
-    """Replace the safetensors file `path` by `tensors` (dict) and the text `info`, with a checksum of both."""
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    write(path, safetensors.torch.save(tensors, {"info": checksum(tensors, info) + info}))  # more keys would have no fixed order
-
-def checksum(tensors, info):
-    return hashlib.sha256(safetensors.torch.save(tensors) + info.encode()).hexdigest()
-
-def read_tensors(path):
-    """(tensors, info) of a safetensors file; info is "" where another program wrote it. Raises UserError where it is missing or damaged."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            tensors, info = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("info", "")
-        if info and checksum(tensors, info[64:]) != info[:64]:
-            raise ValueError("its checksum is wrong")
-        return tensors, info[64:]
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error})") from None
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls in it
 
 @dataclass
 class Episode:
@@ -85,8 +40,8 @@ class Episode:
     logp: list = field(default_factory=list)
 
 class SlotLayer(DynamicLayer):
-    """One layer's keys and values [B, heads, columns, width] of a batch in play. The column is the position in the conversation,
-    so rows of different length leave no holes. `where` holds the rows [n], positions [n, S] and number of columns of the pass under way."""
+    """A layer's keys and values [B, heads, columns, width] of a batch in play; the column is the position in the conversation,
+    so rows of different length leave no holes. `where`: rows [n], positions [n, S], number of columns of the pass under way."""
 
     def __init__(self, where, B):
         super().__init__()
@@ -101,8 +56,7 @@ class SlotLayer(DynamicLayer):
             self.keys, self.values = grown
         self.keys[rows[:, None], :, positions] = k.transpose(1, 2)
         self.values[rows[:, None], :, positions] = v.transpose(1, 2)
-        if len(rows) == self.B:  # all rows, which come in order: a view instead of a copy
-            return self.keys[:, :, :columns], self.values[:, :, :columns]
+        rows = slice(None) if len(rows) == self.B else rows  # all rows, which come in order: a view instead of a copy
         return self.keys[rows, :, :columns], self.values[rows, :, :columns]
 
 class LLM:
@@ -115,20 +69,20 @@ class LLM:
         self.layers, self.window, V = config.num_hidden_layers, config.max_position_embeddings, self.head.weight.shape[0]
         if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
             self.window = min(self.window, config.sliding_window)  # shorter conversations never notice the sliding
+        self.cache = "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"  # the old name
         self.allowed = torch.tensor([i < len(tokenizer) and (i not in self.framing.control or i == self.framing.end)
                                      for i in range(V)], device=self.device)  # [V] what a message may consist of
         probe = torch.tensor([self.framing.user("Hello?", True)], device=self.device)
         with torch.no_grad():
             want, got = base(probe).logits[0].float(), self.logits(self.decoder(probe).last_hidden_state[0])
         if not torch.allclose(want, got, atol=1e-3, rtol=1e-2):
-            raise UserError("this model changes its logits after the output layer (soft-capping or scaling), which is not "
-                            "supported; choose another model")
+            raise UserError("this model scales or caps its logits, which is not supported; choose another model")
         self.slice, self.checkpointing, self.tries = max(16, 2 ** 24 // V), False, {}
         torch.manual_seed(seed)
         self.model = peft.get_peft_model(base, peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM",
                                                                target_modules="all-linear"))
         config = self.model.peft_config["default"]
-        config.base_model_name_or_path, config.target_modules = name, sorted(config.target_modules)  # a set has no order of its own
+        config.base_model_name_or_path, config.target_modules = name, sorted(config.target_modules)  # a set has no fixed order
         for layer in self.decoder.layers:
             layer.forward = functools.partial(self.layer_forward, layer.forward)
 
@@ -155,8 +109,8 @@ class LLM:
         ids = torch.tensor([row + [0] * (S - len(row)) for row in rows], device=self.device)
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(S, device=self.device)
         mask = torch.arange(max(starts) + S, device=self.device) <= positions[:, :, None]  # a column is a position
-        return self.decoder(input_ids=ids, position_ids=positions, attention_mask=mask[:, None],
-                            past_key_values=Cache(layers=layers), use_cache=True).last_hidden_state
+        return self.decoder(input_ids=ids, position_ids=positions, attention_mask=mask[:, None], use_cache=True,
+                            **{self.cache: Cache(layers=layers)}).last_hidden_state
 
     def logits(self, hidden, columns=None):
         """hidden [n, width] -> float32 logits [n, V], or [n, U] of the ids `columns` [U] only."""
@@ -166,8 +120,8 @@ class LLM:
         return F.linear(hidden, weight, bias).float()
 
     def candidates(self, legal):
-        """What n tokens of one kind are drawn from: ids `columns` [U] and mask [n, U] for choices (`legal` holds tuples of
-        ids), or None, the whole vocabulary, and mask [V] for messages (`legal` holds None)."""
+        """What n tokens are drawn from: ids `columns` [U] and mask [n, U] for choices (`legal`: tuples of ids), or None, the
+        whole vocabulary, and mask [V] for messages (`legal`: None)."""
         if legal[0] is None:
             return None, self.allowed
         kinds = {ids: n for n, ids in enumerate(dict.fromkeys(legal))}
@@ -178,35 +132,27 @@ class LLM:
     def trie(self, choices):
         """The trie of a tuple of legal replies, each closed by the end-of-turn token."""
         if choices not in self.tries:
-            replies = {(*self.framing.encode(text), self.framing.end): text for text in choices}
-            if len(replies) < len(choices):
-                raise ValueError("two legal replies have the same ids")
-            self.tries[choices] = build_trie(replies)
+            self.tries[choices] = build_trie([((*self.framing.encode(text), self.framing.end), text) for text in choices])
         return self.tries[choices]
 
     def save_adapter(self, folder, adapter="default"):
-        """Write an adapter in PEFT's format, each file whole or not at all; the checksum of the weights covers the configuration."""
-        with tempfile.TemporaryDirectory() as scratch:
-            self.model.peft_config[adapter].save_pretrained(scratch)
-            config = pathlib.Path(scratch, "adapter_config.json").read_text(encoding="utf-8")
-        os.makedirs(folder, exist_ok=True)
-        write(os.path.join(folder, "adapter_config.json"), config.encode())
+        """Write an adapter in PEFT's format, the weights replaced whole."""
+        self.model.peft_config[adapter].save_pretrained(folder)
         weights = peft.get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
-        write_tensors(os.path.join(folder, "adapter_model.safetensors"), weights, config)
+        save_file({k: v.contiguous() for k, v in weights.items()}, os.path.join(folder, "adapter.new"))
+        os.replace(os.path.join(folder, "adapter.new"), os.path.join(folder, "adapter_model.safetensors"))
 
     def load_adapter(self, folder, adapter):
-        """Put the adapter saved in `folder` under the name `adapter`. Raises UserError where it was trained on another base."""
-        weights, config = read_tensors(os.path.join(folder, "adapter_model.safetensors"))
+        """Put the adapter saved in `folder` under the name `adapter`. UserError where it is damaged or of another model."""
         try:
-            if config not in ("", pathlib.Path(folder, "adapter_config.json").read_text(encoding="utf-8")):
-                raise ValueError("adapter_config.json is not the one it was saved with")
+            weights = load_file(os.path.join(folder, "adapter_model.safetensors"), device=str(self.device))
             saved = peft.PeftConfig.from_pretrained(folder)
             if saved.base_model_name_or_path != self.name:
                 raise UserError(f"the adapter in {folder} was trained on {saved.base_model_name_or_path}, not on {self.name}")
             if adapter not in self.model.peft_config:
                 self.model.add_adapter(adapter, saved)
             peft.set_peft_model_state_dict(self.model, weights, adapter_name=adapter)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the adapter in {folder} is damaged ({' '.join(str(error).split())[:120]})") from error
 
     def token_budget(self):
@@ -222,10 +168,8 @@ class Policy:
         self.llm, self.adapter = llm, adapter
 
     def begin(self, seed, keys):
-        """Forget all games and prepare for those of `keys`; `seed` (list of ints) and the key fix each row's draws, so that
-        a game does not depend on what else is in the batch."""
-        self.row = {key: b for b, key in enumerate(keys)}
-        self.rows = [Episode() for _ in keys]
+        """See Player; a row's draws follow from `seed` and its key, so a game does not depend on what else is in the batch."""
+        self.row, self.rows = {key: b for b, key in enumerate(keys)}, [Episode() for _ in keys]
         self.episodes = dict(zip(keys, self.rows))
         self.rngs = [np.random.default_rng([*seed, *key]) for key in keys]
         self.cached, self.lead, self.where = [0] * len(keys), None, []
@@ -234,64 +178,57 @@ class Policy:
     @torch.no_grad()
     def reply(self, keys, turns):
         """Sampled replies (list of str) of the rows `keys` to `turns`, all rows in one batch until the last has finished."""
-        llm, active, said = self.llm, [], {}
-        for key, turn in zip(keys, turns):
-            row = self.rows[self.row[key]]
-            row.ids += llm.framing.user(turn.text, first=not row.ids)
-            active.append((self.row[key], llm.trie(turn.choices) if turn.choices else None, len(row.ids), turn))
-        active.sort(key=lambda item: item[0])
-        with llm.using(self.adapter):
-            while active:
-                going = []
-                for b, node, start, turn in active:
-                    ids = self.rows[b].ids
-                    while isinstance(node, dict) and len(node) == 1:  # only one way on: written, not sampled
-                        ids.extend(node)
-                        [node] = node.values()
-                    ended = len(ids) > start and ids[-1] == llm.framing.end
-                    if node is None and not ended and len(ids) - start >= turn.max_tokens:
-                        ids.append(llm.framing.end)  # cut: the end of turn was not its choice
-                        ended = True
-                    if isinstance(node, str):
-                        said[b] = node
-                    elif node is None and ended:
-                        said[b] = llm.tokenizer.decode(ids[start:-1])
-                    else:
-                        going.append((b, node, start, turn))
-                active = going and self._sample(going)
+        going, said = {}, {}  # {row: (trie or None, where its reply starts, turn)}
+        for b, turn in sorted(zip((self.row[key] for key in keys), turns), key=lambda pair: pair[0]):
+            self.rows[b].ids += self.llm.framing.user(turn.text, first=not self.rows[b].ids)
+            going[b] = self.llm.trie(turn.choices) if turn.choices else None, len(self.rows[b].ids), turn
+        with self.llm.using(self.adapter):
+            while going:
+                for b, (node, start, turn) in list(going.items()):
+                    node, said[b] = self._settle(self.rows[b].ids, node, start, turn.max_tokens)
+                    going[b] = node, start, turn
+                    if said[b] is not None:
+                        del going[b]
+                if going:
+                    self._sample(going)
         return [said[self.row[key]] for key in keys]
 
-    def _sample(self, active):
-        """One sampled token for every row of `active` [(row, trie or None, start, turn)]; returns it with the tries advanced."""
-        legal = [tuple(node) if node else None for _, node, _, _ in active]
+    def _settle(self, ids, node, start, max_tokens):
+        """Append to `ids` what is not sampled; returns where in the trie that leads, and the reply if it is complete."""
+        while isinstance(node, dict) and len(node) == 1:  # only one way on
+            ids.extend(node)
+            [node] = node.values()
+        if node is not None:
+            return node, node if isinstance(node, str) else None
+        if len(ids) == start or ids[-1] != self.llm.framing.end:
+            if len(ids) - start < max_tokens:
+                return None, None
+            ids.append(self.llm.framing.end)  # cut: the end of turn was not its choice
+        return None, self.llm.tokenizer.decode(ids[start:-1])
+
+    def _sample(self, going):
+        """Sample one token for every row of `going`, and follow it down its trie."""
+        legal = [tuple(node) if node else None for node, _, _ in going.values()]
         columns, mask = self.llm.candidates(legal)
-        logp = F.log_softmax(self.llm.logits(self._feed([b for b, *_ in active]), columns).masked_fill(~mask, -torch.inf), -1)
+        logp = F.log_softmax(self.llm.logits(self._feed(list(going)), columns).masked_fill(~mask, -torch.inf), -1)
         cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-        u = torch.tensor([[self.rngs[b].random(dtype=np.float32)] for b, *_ in active], dtype=torch.float64)
+        u = torch.tensor([[self.rngs[b].random(dtype=np.float32)] for b in going], dtype=torch.float64)
         pick = torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # strictly above u: never a column of mass 0
         ids = (pick if columns is None else columns[pick])[:, 0].tolist()
-        out = []
-        for (b, node, start, turn), i, lp, ok in zip(active, ids, logp.gather(1, pick)[:, 0].tolist(), legal):
-            row = self.rows[b]
-            row.at.append(len(row.ids))
-            row.ids.append(i)
-            row.legal.append(ok)
-            row.logp.append(lp)
-            row.round.append(turn.view["round"])
-            out.append((b, node and node[i], start, turn))
-        return out
+        for (b, (node, start, turn)), i, lp, ok in zip(going.items(), ids, logp.gather(1, pick)[:, 0].tolist(), legal):
+            row, going[b] = self.rows[b], (node and node[i], start, turn)
+            for column, value in ((row.at, len(row.ids)), (row.ids, i), (row.legal, ok), (row.logp, lp), (row.round, turn.view["round"])):
+                column.append(value)
 
     def _feed(self, rows):
         """Put what the rows (ascending) have not yet been fed through the model -> hidden state [n, width] at each row's end."""
-        fresh = [b for b in rows if not self.cached[b]]
+        ids, fresh = [row.ids for row in self.rows], [b for b in rows if not self.cached[b]]
         if fresh and self.lead is None:  # one row reads what all have in common, the others copy it
             self.lead = fresh[0]
-            P = min(len(os.path.commonprefix([self.rows[b].ids for b in fresh])), min(len(self.rows[b].ids) for b in fresh) - 1)
-            if P:
+            if P := min(len(os.path.commonprefix([ids[b] for b in fresh])), min(len(ids[b]) for b in fresh) - 1):
                 self._through([self.lead], P)
         for b in fresh:
-            seen = self.rows[self.lead].ids[:self.cached[self.lead]]
-            self.cached[b] = min(len(os.path.commonprefix([self.rows[b].ids, seen])), len(self.rows[b].ids) - 1)
+            self.cached[b] = min(len(os.path.commonprefix([ids[b], ids[self.lead][:self.cached[self.lead]]])), len(ids[b]) - 1)
         P = max((self.cached[b] for b in fresh), default=0)
         for layer in self.layers if P else ():
             layer.keys[fresh, :, :P], layer.values[fresh, :, :P] = layer.keys[self.lead, :, :P], layer.values[self.lead, :, :P]
@@ -311,48 +248,45 @@ class Policy:
             self.cached[b] += len(ids)
         return hidden[torch.arange(len(rows)), torch.tensor([len(ids) - 1 for ids in new])]
 
-class Api:
+class Api(Player):
     """A chat model behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY), asked with plain chat messages.
     `invalid` lists the (game, seat) of every turn that got no legal reply and was answered at random, or with silence."""
 
     def __init__(self, model):
         try:
             import openai
-            self.errors = openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError  # what nonsense is turned into
-            self.final = openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError
-            self.client = openai.OpenAI(max_retries=3, timeout=30)  # which backs off before it tries again
         except ImportError:
             raise UserError("an api: agent needs the openai package; pip install openai") from None
-        except openai.OpenAIError:
-            raise UserError("an api: agent needs a key; set OPENAI_API_KEY (and OPENAI_BASE_URL for another server)") from None
-        self.model, self.invalid = model, []
+        if not os.environ.get("OPENAI_API_KEY"):
+            raise UserError("an api: agent needs a key; set OPENAI_API_KEY (and OPENAI_BASE_URL for another server)")
+        self.model, self.invalid, self.client = model, [], openai.OpenAI(max_retries=3, timeout=30)  # it backs off before it retries
+        self.refusals = openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError
+        self.failures = openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError  # the last four: the reply is nonsense
 
     def begin(self, seed, keys):
-        """Forget all games and prepare for those of `keys`; see Policy."""
-        self.chats, self.rngs = {key: [] for key in keys}, {key: np.random.default_rng([*seed, *key]) for key in keys}
+        super().begin(seed, keys)
+        self.chats = {key: [] for key in keys}
 
     def reply(self, keys, turns):
         """Replies (list of str) to `turns`, asked for at the same time. UserError where the server refuses key or model."""
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(16) as pool:
             return list(pool.map(self.ask, keys, turns))
 
     def ask(self, key, turn):
-        """The legal reply in three tries, each of them repeated when the server fails; else a random one."""
-        chat = self.chats[key]
+        chat, legal = self.chats[key], False
         chat.append({"role": "user", "content": turn.text})
-        said = None
         for _ in range(3):
             try:
                 answer = self.client.chat.completions.create(model=self.model, messages=chat, max_tokens=turn.max_tokens or 8)
                 said = answer.choices[0].message.content.strip()
-            except self.final as error:
-                raise UserError(f"api:{self.model} is refused by the server (status {error.status_code}); check the model's "
-                                "name, OPENAI_API_KEY and OPENAI_BASE_URL") from None
-            except self.errors:
+                legal = turn.choices is None or said in turn.choices
+            except self.refusals as error:
+                raise UserError(f"the server refuses api:{self.model} (status {error.status_code}); check the name and the key") from None
+            except self.failures:
                 break
-            if said in (turn.choices or [said]):
+            if legal:
                 break
-        if said is None or turn.choices and said not in turn.choices:
+        if not legal:
             self.invalid.append(key)
             said = turn.choices[self.rngs[key].integers(len(turn.choices))] if turn.choices else ""
         chat.append({"role": "assistant", "content": said})
@@ -363,7 +297,7 @@ def load(name, quant, game, lora_rank=8, seed=0):
     quant "nf4": 4-bit weights; "none": float32 on the CPU, bfloat16 on the GPU. Raises UserError for what cannot be had."""
     if name.startswith("tiny") and not os.path.exists(name):
         return LLM(*tiny.load(name, game), lora_rank, seed, f"{name} {game}")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32, "device_map": {"": device}}
     if quant == "nf4":
         options["quantization_config"] = transformers.BitsAndBytesConfig(

@@ -5,13 +5,7 @@ of a game and has a mixed, mostly cooperative prior. What was put in before any 
 Everything after loading is the same code as for a real model. Cached in the user's cache directory under a key made of all
 that shapes it. The chat framing, which it shares with every other model, is here too.
 """
-import functools
-import hashlib
-import os
-import pathlib
-import re
-import shutil
-import tempfile
+import functools, hashlib, os, pathlib, re, shutil, tempfile
 
 import numpy as np
 import tokenizers
@@ -22,15 +16,18 @@ from tqdm import tqdm
 
 from games import GAMES, Match, Scripted, UserError, play
 
-# Shares of the scripted players and the probability of a random reply. `tiny` has reciprocity in its prior, as an instruct
-# model has; `tiny-blind` has never seen anyone answer like with like.
+# What the model is taught before any reinforcement learning, lesson after lesson; the last one makes its prior. A lesson: shares of
+# the scripted players, probability that one replies at random instead, longest game (rounds), training steps. Who holds the
+# upper hand is learned in a sudden step, and sooner from short games without noise; so is that like may be returned for like.
+# `tiny` has reciprocity in its prior, as an instruct model has; `tiny-blind` has never seen anyone answer like with like.
+FAIR, RECIPROCAL = ({"cooperate": 1.}, 0., 2, 600), ({"tit_for_tat": .6, "defect": .4}, .05, 10, 300)
 POPULATIONS = {
-    "tiny": {"matrix": ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .1),
-             "trust_split": ({"tit_for_tat": .5, "cooperate": .3, "defect": .2}, .1),
-             "split": ({"tit_for_tat": .2, "cooperate": .5, "defect": .3}, .1)},
-    "tiny-blind": {"matrix": ({"cooperate": .7, "defect": .3}, .1)},
+    "tiny": {"matrix": [FAIR, ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .1, 10, 400)],
+             "trust_split": [FAIR, RECIPROCAL, ({"tit_for_tat": .2, "cooperate": .55, "defect": .1, "liar": .15}, .03, 10, 300)],
+             "split": [FAIR, ({"tit_for_tat": .2, "cooperate": .5, "defect": .3}, .1, 10, 400)]},
+    "tiny-blind": {"matrix": [FAIR, ({"cooperate": .7, "defect": .3}, .1, 10, 400)]},
 }
-WIDTH, MLP, LAYERS, HEAD_SCALE, STEPS, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 1000, 32, 3e-3, 4096, 0
+WIDTH, MLP, LAYERS, HEAD_SCALE, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 32, 3e-3, 4096, 0
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
@@ -90,9 +87,9 @@ class Framing:
         return (self.first if first else self.again) + self.encode(text.strip()) + self.reply
 
 def build_trie(replies):
-    """Nested dict {id: subtree} over {ids (tuple): reply}; a leaf is the reply itself. ValueError where one begins another."""
+    """Nested dict {id: subtree} over [(ids, reply), ...]; a leaf is the reply. ValueError where one begins, or equals, another."""
     root = {}
-    for ids, reply in replies.items():
+    for ids, reply in replies:
         node = root
         for i in ids[:-1]:
             node = node.setdefault(i, {}) if isinstance(node, dict) else node
@@ -101,7 +98,7 @@ def build_trie(replies):
         node[ids[-1]] = reply
     return root
 
-def conversations(shares, noise, game, count, longest=10):
+def conversations(shares, noise, longest, game, count):
     """`count` games of 1 to `longest` rounds of a scripted population: a list of [(text read, reply), ...], one per seat."""
     population = {player: Scripted(player, noise) for player in shares}
     rng = np.random.default_rng(SEED)
@@ -125,18 +122,10 @@ def build_tokenizer(texts):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>",
                                                 chat_template=TEMPLATE)
 
-def warm_up(tokenizer, lessons, steps=STEPS):
-    """A fresh Llama trained to give the scripted replies of the talks in `lessons`, one lesson after the other, `steps` in all:
-    cross-entropy on the reply tokens, end of turn included."""
-    framing, rows = Framing(tokenizer), [[] for _ in lessons]
-    for lesson, talk in ((lesson, talk) for lesson, talks in zip(rows, lessons) for talk in talks):
-        ids, mine = [], []
-        for text, reply in talk:
-            ids += framing.user(text, first=not ids)
-            said = [*framing.encode(reply), framing.end]
-            mine += range(len(ids), len(ids) + len(said))
-            ids += said
-        lesson.append((ids, mine))
+def warm_up(tokenizer, lessons):
+    """A fresh Llama trained to give the scripted replies in `lessons`, [(talks, steps)], one after the other: cross-entropy on the
+    reply tokens, end of turn included."""
+    framing = Framing(tokenizer)
     torch.manual_seed(SEED)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
@@ -144,39 +133,46 @@ def warm_up(tokenizer, lessons, steps=STEPS):
         bos_token_id=None, eos_token_id=framing.end, pad_token_id=framing.end))
     with torch.no_grad():  # adapters leave the head alone, and a flat head would cap every probability they can reach
         model.lm_head.weight *= HEAD_SCALE
-    rng = np.random.default_rng(SEED)
+    rng, total = np.random.default_rng(SEED), sum(steps for _, steps in lessons)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.1)
-    bar = tqdm(range(steps), desc="warming up the built-in model (once)", leave=False)
-    for step in bar:
-        lesson = rows[step * len(rows) // steps]
-        batch = [lesson[b] for b in rng.integers(len(lesson), size=BATCH)]
-        S = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [framing.end] * (S - len(ids)) for ids, _ in batch])
-        at = torch.tensor([(b, n) for b, (_, mine) in enumerate(batch) for n in mine])
-        hidden = model.model(ids).last_hidden_state[at[:, 0], at[:, 1] - 1]
-        loss = F.cross_entropy(model.lm_head(hidden), ids[at[:, 0], at[:, 1]])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=total, pct_start=0.1)
+    bar = tqdm(total=total, desc="warming up the built-in model (once)", leave=False)
+    for talks, steps in lessons:
+        rows = []  # (ids, labels) of every talk; label -1 is not trained on
+        for talk in talks:
+            ids, labels = [], []
+            for text, reply in talk:
+                read, said = framing.user(text, first=not ids), [*framing.encode(reply), framing.end]
+                ids, labels = ids + read + said, labels + [-1] * len(read) + said
+            rows.append((ids, labels))
+        for _ in range(steps):
+            batch = [rows[b] for b in rng.integers(len(rows), size=BATCH)]
+            S = max(len(ids) for ids, _ in batch)
+            ids = torch.tensor([ids + [framing.end] * (S - len(ids)) for ids, _ in batch])
+            labels = torch.tensor([labels[1:] + [-1] * (S - len(labels)) for _, labels in batch])
+            hidden = model.model(ids).last_hidden_state[:, :-1][labels >= 0]
+            loss = F.cross_entropy(model.lm_head(hidden), labels[labels >= 0])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            optimizer.step()
+            schedule.step()
+            bar.update()
     return model.eval()
 
 def load(name, game):
     """(model, tokenizer) of the population `name` warmed up on `game`, from the cache or made now. UserError for a bad name."""
     if name not in POPULATIONS:
         raise UserError(f"no built-in model is called {name!r}; there are {', '.join(POPULATIONS)}")
-    population = POPULATIONS[name].get(game, POPULATIONS[name]["matrix"])
-    sample = repr((conversations(*population, game, 64), population, torch.__version__, transformers.__version__))
-    key = hashlib.sha256(sample.encode() + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
+    lessons = POPULATIONS[name].get(game, POPULATIONS[name]["matrix"])
+    made = repr((conversations(*lessons[-1][:3], game, 64), lessons, torch.__version__, transformers.__version__))
+    key = hashlib.sha256(made.encode() + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "aa_minimal"
     folder = cache / f"{name}-{game}-{key}"
     if not folder.exists():
-        talks, fair = conversations(*population, game, GAMES_SEEN), conversations({"cooperate": 1.}, 0., game, GAMES_SEEN, 2)
-        tokenizer = build_tokenizer([text for talk in talks[:512] for turn in talk for text in turn])
-        model = warm_up(tokenizer, [fair, fair, fair, talks, talks])  # short fair games teach the rules; then the population
+        talks = [(conversations(*who, game, GAMES_SEEN), steps) for *who, steps in lessons]
+        tokenizer = build_tokenizer([text for talk in talks[-1][0][:512] for turn in talk for text in turn])
+        model = warm_up(tokenizer, talks)
         cache.mkdir(parents=True, exist_ok=True)
         fresh = tempfile.mkdtemp(dir=cache)
         model.save_pretrained(fresh)

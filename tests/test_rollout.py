@@ -370,7 +370,7 @@ def test_a_reply_that_begins_another_one_is_lost(paths, closed):
     replies = {path + (0,) * closed: f"reply {n}" for n, path in enumerate(paths)}
     if any(a == b[:len(a)] for a, b in itertools.permutations(replies, 2)):
         with pytest.raises(ValueError):
-            build_trie(replies)
+            build_trie(replies.items())
         return
     rng, found, total = np.random.default_rng(0), {}, 0.
 
@@ -382,7 +382,7 @@ def test_a_reply_that_begins_another_one_is_lost(paths, closed):
         odds = rng.random(len(node))
         for (i, below), share in zip(node.items(), odds / odds.sum()):
             walk(below, (*path, i), p * share)
-    walk(build_trie(replies), (), 1.)
+    walk(build_trie(replies.items()), (), 1.)
     assert found == replies and total == pytest.approx(1)
 
 
