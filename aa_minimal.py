@@ -5,14 +5,14 @@
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID        QLoRA on any instruct model
 
 The method is arXiv 2511.19405: Advantage Alignment with a group-relative baseline (equations in loss.py). One optimizer step
-follows every batch of games, so the importance weights are 1 but for rounding. All randomness follows from (seed, iteration):
-there is no random state to save, and a game does not depend on what else is in its batch.
+follows every batch of games. All randomness follows from (seed, iteration); a game does not depend on the rest of its batch.
 """
 import json, os, pathlib, shutil, sys, time
 from importlib import metadata
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from games import GAMES, Match, Parser, Scripted, UserError, meet, number, play, players, summarize, table
@@ -23,29 +23,29 @@ SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
 
 def parse(argv):
     """The settings of a run as a namespace, defaults filled in by game and model. Raises UserError on what cannot be."""
-    parser = Parser(description=__doc__.split("\n")[0], epilog="Defaults not stated depend on game and model; config.json has them.")
+    parser = Parser(description=__doc__.split("\n")[0], epilog="Defaults not stated depend on game and model; see config.json.")
     add, count, weight = parser.add_argument, number(int, 1), number(float, 0)
     add("--game", default="trust_split", choices=list(GAMES), help="which game (default: %(default)s)")
-    add("--algo", default="aa", choices=["aa", "naive", "sum"], help="credit: Advantage Alignment, own return, joint return (default: aa)")
-    add("--model", default="auto", help="tiny (built in), tiny-blind (knew no reciprocity before), a folder or a hub id (default: "
+    add("--algo", default="aa", choices=["aa", "naive", "sum"], help="credit: Advantage Alignment (default), own, joint return")
+    add("--model", default="auto", help="tiny (built in), tiny-blind (never saw reciprocity), a folder, or a hub id (default: "
         "Qwen/Qwen2.5-1.5B-Instruct with CUDA, else tiny)")
-    add("--quant", default="auto", choices=["auto", "nf4", "none"], help="weights of a real model in 4 bits or not (default: nf4 with CUDA)")
+    add("--quant", default="auto", choices=["auto", "nf4", "none"], help="a real model in 4 bits or not (default: nf4 if CUDA)")
     add("--iterations", type=count, help="optimizer steps, one per batch of games")
     add("--games", type=count, help="games per iteration, B")
     add("--group-size", type=count, help="games that share deals and opponent, and so a baseline, G")
     add("--rounds", type=count, help="rounds per game, T (the most, with --continue-prob)")
-    add("--continue-prob", type=number(float, 0, 1), default=1., help="probability that games go on after a round (default: 1)")
+    add("--continue-prob", type=number(float, 0, 1), default=1., help="probability of one more round (default: 1)")
     add("--lr", type=number(float, 1e-12), help="learning rate of Adam")
     add("--beta", type=weight, help="weight beta of the alignment term in aa")
     add("--gamma", type=number(float, 0, 1), help="discount gamma per round")
     add("--entropy", type=weight, help="weight of the entropy bonus (nats per sampled token)")
-    add("--kl", type=weight, help="weight of the KL to the model without adapter (nats per sampled token); 0: not computed")
+    add("--kl", type=weight, help="weight of the KL to the model without adapter (nats per sampled token); 0: no KL")
     add("--baseline", default="group", choices=["group", "batch"], help="whose mean return is the baseline (default: group)")
-    add("--buffer", type=number(int, 0), default=30, help="past snapshots kept to play half of the groups; 0: self-play only (default: 30)")
-    add("--opponent", help="a fixed agent in the other seat of every game: a scripted player, base, api:MODEL, or a run's folder")
+    add("--buffer", type=number(int, 0), default=30, help="past snapshots that half the groups meet; 0: none (default: 30)")
+    add("--opponent", help="a fixed agent in the other seat of every game: scripted player, base, api:MODEL or a run's folder")
     add("--max-message-tokens", type=number(int, 0), help="longest message (tokens); 0: no talk")
     add("--lora-rank", type=count, help="rank r of the LoRA adapter; alpha is 2 r")
-    add("--micro-batch-tokens", type=count, help="tokens per forward and backward pass (default: what fits); less needs less memory")
+    add("--micro-batch-tokens", type=count, help="tokens per forward and backward pass; fewer need less memory")
     add("--seed", type=number(int, 0), default=0, help="fixes deals, sampling and the initial adapter (default: 0)")
     add("--out", help="folder of the run (default: runs/GAME-ALGO-sSEED, numbered where that exists)")
     add("--save-every", type=count, help="iterations between checkpoints")
@@ -68,7 +68,6 @@ def parse(argv):
 
 class Run:
     """One training run: the model, its optimizer, the opponents, and the folder that all goes to."""
-
     def __init__(self, args, folder):
         self.args, self.folder, self.iteration = args, pathlib.Path(folder), 0
         self.llm = load(args.model, args.quant, args.game, args.lora_rank, args.seed)
@@ -80,7 +79,7 @@ class Run:
         self.slots, self.past = {}, []  # adapters loaded for opponents; snapshot numbers to draw from
         self.folder.mkdir(parents=True, exist_ok=True)
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
-        write(self.folder / "config.json", {**vars(args), "versions": versions})
+        (self.folder / "config.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=1))
 
     def draw(self):
         """The matches of this iteration and who learns: ([Match], [(match, seat, group)])."""
@@ -101,45 +100,38 @@ class Run:
     def snapshot(self, number):
         """The policy of snapshot `number`, in an adapter slot of its own while this iteration lasts."""
         if number not in self.slots:
-            slot = f"past{len(self.slots)}"
-            self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", slot)
-            self.slots[number] = Policy(self.llm, slot)
+            self.slots[number] = Policy(self.llm, f"past{len(self.slots)}")
+            self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", self.slots[number].adapter)
         return self.slots[number]
 
     def credit(self, learners):
         """c [rows, T] of the learning seats, from points to credit (equations in loss.py)."""
-        args = self.args
-        lengths = torch.tensor([len(m.played) for m, _, _ in learners])
-        mask = (torch.arange(args.rounds) < lengths[:, None]).float()
-        own, other = torch.zeros(2, len(learners), args.rounds)
-        for b, (m, seat, _) in enumerate(learners):
-            rewards = torch.tensor([this.points for this in m.played]).T / GAMES[args.game].scale  # [2, rounds played]
-            own[b, :lengths[b]], other[b, :lengths[b]] = rewards[seat], rewards[1 - seat]
-        group = torch.tensor([2 * g * (args.baseline == "group") + seat for _, seat, g in learners])
-        A_own, A_other = (advantages(returns_to_go(r, args.gamma), group, mask) for r in (own, other))
-        return credits(args.algo, A_own, A_other, args.gamma, args.beta)
+        points = [torch.tensor([(r.points[s], r.points[1 - s]) for r in m.played]) for m, s, _ in learners]
+        rewards = pad_sequence(points, batch_first=True) / GAMES[self.args.game].scale  # [rows, T, own and other]
+        mask = pad_sequence([torch.ones(len(row)) for row in points], batch_first=True)
+        group = torch.tensor([2 * g * (self.args.baseline == "group") + seat for _, seat, g in learners])
+        A_own, A_other = (advantages(returns_to_go(r, self.args.gamma), group, mask) for r in rewards.unbind(-1))
+        return credits(self.args.algo, A_own, A_other, self.args.gamma, self.args.beta)
 
     def learn(self, learners):
         """One optimizer step on the games of this iteration; returns what to log of it."""
-        args = self.args
+        args, logged = self.args, []
         episodes = [m.agents[seat].episodes[m.number, seat] for m, seat, _ in learners]
         c = self.credit(learners).to(self.llm.device)
         N = sum(len(e.at) for e in episodes)
-        sums = torch.zeros(4, dtype=torch.float64)  # entropy, kl, ratio, and the largest ratio
         self.optimizer.zero_grad()
         for mb in score(self.llm, episodes, self.budget, reference=args.kl > 0):
             loss, ratio = policy_loss(mb.logp, mb.logp_play, c[mb.row, mb.round], mb.entropy, mb.kl, N, args.entropy, args.kl)
             loss.backward()
-            sums[:3] += torch.stack([mb.entropy.sum(), mb.kl.sum(), ratio.sum()]).detach().cpu()
-            sums[3] = max(sums[3], ratio.max().item())
+            logged.append(torch.stack([mb.entropy, mb.kl, ratio]).detach())
+        entropy, kl, ratio = torch.cat(logged, 1).double().cpu()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.).item()
-        if not np.isfinite([norm, *sums]).all():
-            raise UserError(f"iteration {self.iteration}: a log-prob or gradient is not finite; lower --lr; the adapter in "
-                            f"{self.folder} is that of an earlier iteration")
+        if not np.isfinite([norm, ratio.sum()]).all():
+            raise UserError(f"iteration {self.iteration}: not finite; {self.folder} has the last good adapter; lower --lr")
         self.optimizer.step()
-        return {"entropy": sums[0].item() / N, "kl": sums[1].item() / N if args.kl else None, "grad_norm": norm,
-                "ratio_mean": sums[2].item() / N, "ratio_max": sums[3].item(), "tokens": sum(len(e.ids) for e in episodes),
-                "sampled_tokens": N, "zero_credit": 1 - (c != 0).any(1).float().mean().item()}
+        return {"entropy": entropy.mean().item(), "kl": kl.mean().item() if args.kl else None, "grad_norm": norm,
+                "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
+                "tokens": sum(len(e.ids) for e in episodes), "sampled_tokens": N}
 
     def step(self):
         """One iteration; returns its line for metrics.jsonl."""
@@ -157,12 +149,13 @@ class Run:
         if self.opponent:  # points and welfare are those of self-play, which there is none of
             line["points_against"], line["points_opponent"] = line["points"], line["points_other"]
             line["points"] = line["welfare"] = None
-        for m in (matches[0], matches[-1]) if self.iteration % TRANSCRIPTS_EVERY == 0 or self.iteration + 1 == args.iterations else ():
-            write(self.folder / "transcripts.jsonl", {
-                "iteration": self.iteration, "players": ["trained" if x is self.live else "opponent" for x in m.agents],
-                "points": [this.points for this in m.played],
-                "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in m.log]}, "a")
-        write(self.folder / "metrics.jsonl", line, "a")
+        if self.iteration % TRANSCRIPTS_EVERY == 0 or self.iteration + 1 == args.iterations:
+            for m in (matches[0], matches[-1]):
+                append(self.folder / "transcripts.jsonl", {
+                    "iteration": self.iteration, "players": ["trained" if x is self.live else "opponent" for x in m.agents],
+                    "points": [this.points for this in m.played],
+                    "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in m.log]})
+        append(self.folder / "metrics.jsonl", line)
         self.iteration += 1
         if self.iteration % args.save_every == 0 or self.iteration == args.iterations:
             self.llm.save_adapter(self.folder / "adapter")
@@ -172,39 +165,39 @@ class Run:
 
     def table(self):
         """Play the untrained and the trained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
-        args, out = self.args, {}
-        for who, agent in (("untrained", self.untrained), ("trained", self.live)):
-            for name in ["itself", *players(args.game)]:
-                sides = meet(args.game, agent, agent if name == "itself" else Scripted(name), max(1, min(64, args.games) // 2),
-                             args.rounds, [args.seed, 10 ** 9], args.max_message_tokens)
-                out.setdefault(who, {})[name] = summarize(sides)
+        args, out = self.args, {"untrained": {}, "trained": {}}
+        for agent, results in zip((self.untrained, self.live), out.values()):
+            for name, other in {"itself": agent, **{name: Scripted(name) for name in players(args.game)}}.items():
+                results[name] = summarize(meet(args.game, agent, other, max(1, min(64, args.games) // 2), args.rounds,
+                                               [args.seed, 10 ** 9], args.max_message_tokens))
         return out
 
-def write(path, data, mode="w"):
-    """Write `data` as JSON into the file `path`; with mode "a" append it as one line."""
-    with open(path, mode, encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1 if mode == "w" else None, ensure_ascii=False) + "\n")
+def append(path, line):
+    """Append `line` (a dict) as JSON to the file `path`."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 def new_folder(args):
     """The folder of a new run: --out, which must not hold one, or the first free default name."""
     if args.out and os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
         raise UserError(f"--out {args.out} already exists and is not empty; choose another folder")
-    names = (f"runs/{args.game}-{args.algo}-s{args.seed}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10 ** 6))))
-    return args.out or next(name for name in names if not os.path.exists(name))
+    name = f"runs/{args.game}-{args.algo}-s{args.seed}"
+    return args.out or next(name + end for end in ("", *(f"-{n}" for n in range(2, 10 ** 6))) if not os.path.exists(name + end))
 
 def train(args):
     """Train as `args` say, with a progress bar, and print and save the final table."""
     run, say = Run(args, new_folder(args)), "honesty" if args.game == "trust_split" else "cooperation"
-    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed}: {args.iterations} iterations of {args.games} games -> {run.folder}")
+    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed}: {args.games} games an iteration -> {run.folder}")
     for _ in (bar := tqdm(range(args.iterations), mininterval=0.5)):
         line = run.step()
         numbers = {"points": line.get("points_against", line["points"]), say: line[say], "entropy": line["entropy"]}
         bar.set_postfix({name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
     results = run.table()
-    write(run.folder / "summary.json", results)
+    (run.folder / "summary.json").write_text(json.dumps(results, indent=1))
+    columns = [(who, key) for who in results for key in ("points", "points_other", say)]
     table(f"Points per round, and {say} (0 to 1), of the agent before and after training",
           ["playing with", "before: agent", "other", say, "after: agent", "other", say],
-          [[name, *(results[who][name][key] for who in results for key in ("points", "points_other", say))] for name in results["trained"]])
+          [[name, *(results[who][name][key] for who, key in columns)] for name in results["trained"]])
     print(f"\nEverything is in {run.folder}; whole games are in its transcripts.jsonl")
 
 def main(argv=None):
@@ -213,6 +206,9 @@ def main(argv=None):
     except (UserError, OSError) as error:
         print(f"aa_minimal: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\naa_minimal: stopped; the folder of the run holds the adapter saved last", file=sys.stderr)
+        return 130
     return 0
 
 if __name__ == "__main__":

@@ -1,18 +1,13 @@
 """The games, their wording, the scripted players, and the loop that plays them. No tokens, no tensors: text and numbers only.
 
-A game is a generator. It yields the turns it wants answered now and receives the replies; when a round is scored it
-yields a `Round`. To add one, write such a generator and enter it in `GAMES`.
-Scripted players look at `Turn.view`, the facts of a turn as data, so that nobody has to parse prose.
-"""
+A game yields the turns it wants answered, receives the replies, and yields a `Round` when one is scored; see `GAMES`."""
 import argparse, re
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import defaultdict, namedtuple
 
 import numpy as np
 
-HANDS, BEATS = ("rock", "paper", "scissors"), {"rock": "scissors", "scissors": "paper", "paper": "rock"}
-BEATEN_BY = {loser: winner for winner, loser in BEATS.items()}
-COUNTS = tuple(str(n) for n in range(11))
+BEATS = {"rock": "scissors", "paper": "rock", "scissors": "paper"}
+HANDS, COUNTS = tuple(BEATS), tuple(str(n) for n in range(11))
 TRIPLES = tuple(f"{a} {b} {c}" for a in COUNTS for b in COUNTS for c in COUNTS)
 VALUES = [(10, 1, 1), (1, 10, 1), (1, 1, 10)], [(10, 10, 1), (10, 1, 10), (1, 10, 10)]  # equal sums within a list
 
@@ -21,69 +16,55 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are UserErrors."""
-
     def error(self, message):
         raise UserError(message)
 
 def number(kind, low, high=1e15):
     """An argparse type: an int or float from `low` to `high`."""
-    def check(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be from {low} to {high:g}")
-        return kind(text)
-    check.__name__ = "number"  # argparse says "invalid number value" with it
-    return check
+    def number(text):  # argparse says "invalid number value" after its name
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is out of range; it must be from {low} to {high:g}")
+    return number
 
-@dataclass
-class Turn:
-    """One request to one seat. `text` is what it reads since its last reply; `choices` the closed list of legal replies,
-    None for a free message of at most `max_tokens` tokens; `view` the same facts as data."""
-    seat: int
-    text: str
-    choices: tuple | None
-    view: dict
-    max_tokens: int = 0
-
-@dataclass
-class Round:
-    """A scored round. `points` and `facts` are per seat, `best` is the highest joint score the round allowed. In `facts[seat]`,
-    "coop" is True, False, or None where cooperating and defecting would have looked the same, "seen" {indicator: list of numbers}."""
-    points: list
-    best: float
-    facts: list
+# One request to one seat. `text` is what it reads since its last reply, `view` the same facts as data, for scripted players;
+# `choices` is the closed tuple of legal replies, None for a free message of at most `max_tokens` tokens.
+Turn = namedtuple("Turn", "seat text choices view max_tokens", defaults=[0])
+# A scored round: `points` and `facts` per seat, and `best`, the highest joint score it allowed. In the facts, "coop" is True,
+# False, or None where cooperating and defecting would have looked the same, "seen" {indicator: list of numbers}.
+Round = namedtuple("Round", "points best facts")
 
 def matrix_game(cc, cd, dc, dd):
     """A symmetric two-by-two game. `cd` is (my points, the other's) when I choose A (cooperate) and the other B."""
-    points = {("A", "A"): cc, ("A", "B"): cd, ("B", "A"): dc, ("B", "B"): dd}
-    rules = ("You play a game of many rounds with another player. In every round both of you choose A or B at the same "
-             "time.\nIf both choose A, you get {} points and the other gets {}.\nIf you choose A and the other chooses B, "
-             "you get {} and the other gets {}.\nIf you choose B and the other chooses A, you get {} and the other gets "
-             "{}.\nIf both choose B, you get {} and the other gets {}.\nAfter every round you are told what the other "
-             "chose. Your goal is to collect as many points as you can over the whole game. Always answer with one "
-             "letter, A or B.\nThe first round begins. Do you choose A or B?").format(*cc, *cd, *dc, *dd)
+    points = {"AA": cc, "AB": cd, "BA": dc, "BB": dd}
+    rules = ("You play a game of many rounds with another player. In every round both of you choose A or B at the same time.\n"
+             "If both choose A, you get {} points and the other gets {}.\nIf you choose A and the other chooses B, you get {} "
+             "and the other gets {}.\nIf you choose B and the other chooses A, you get {} and the other gets {}.\nIf both "
+             "choose B, you get {} and the other gets {}.\nAfter every round you are told what the other chose. Your goal is "
+             "to collect as many points as you can over the whole game. Always answer with one letter, A or B.\nThe first "
+             "round begins. Do you choose A or B?").format(*cc, *cd, *dc, *dd)
 
     def game(rng, rounds, max_tokens=0):
         texts, state = (rules, rules), ("first", "first")
         for _ in range(rounds):
             moves = yield [Turn(s, texts[s], ("A", "B"), {"kind": "move"}) for s in (0, 1)]
-            mine = points[moves[0], moves[1]]
-            yield Round(mine, max(map(sum, points.values())), [
-                {"coop": moves[s] == "A", "seen": {f"p_c_{state[s]}": [moves[s] == "A"]}} for s in (0, 1)])
+            mine, fair = points["".join(moves)], [move == "A" for move in moves]
+            facts = [{"coop": fair[s], "seen": {f"p_c_{state[s]}": [fair[s]]}} for s in (0, 1)]
+            yield Round(mine, max(map(sum, points.values())), facts)
             state = ["".join("c" if move == "A" else "d" for move in pair) for pair in (moves, moves[::-1])]  # own, other's
             texts = [f"The other chose {moves[1 - s]}. You get {mine[s]} points and the other gets {mine[1 - s]}.\nNext round. "
                      "Do you choose A or B?" for s in (0, 1)]
     return game
 
-TRUST_RULES = (
-    "You play a game of many rounds with another player. In every round 10 coins are split between you two.\n"
-    "Each of you holds a secret hand: rock, paper or scissors. The two hands always differ. Rock beats scissors, scissors "
-    "beats paper, paper beats rock. The player whose hand wins has the upper hand: every coin is worth 10 points to that "
-    "player, and only 1 point to the player with the lower hand. So it takes both hands to know what a coin is worth to "
-    "each of you.\nYou see only your own hand. First each of you sends the other one short message, for example to tell "
-    "your hand. Then both say at the same time how many of the 10 coins they keep, from 0 to 10. If the two numbers add "
-    "up to more than 10, the coins are shared in proportion to the numbers.\nAfter every round you are told whether the other "
-    "had the upper or the lower hand and how many coins it kept. Your goal is to collect as many points as you can over the "
-    "whole game.\nThe first round begins.")
+TRUST_RULES = ("You play a game of many rounds with another player. In every round 10 coins are split between you two.\nEach "
+               "of you holds a secret hand: rock, paper or scissors. The two hands always differ. Rock beats scissors, "
+               "scissors beats paper, paper beats rock. The player whose hand wins has the upper hand: every coin is worth 10 "
+               "points to that player, and only 1 point to the player with the lower hand. So it takes both hands to know what "
+               "a coin is worth to each of you.\nYou see only your own hand. First each of you sends the other one short "
+               "message, for example to tell your hand. Then both say at the same time how many of the 10 coins they keep, "
+               "from 0 to 10. If the two numbers add up to more than 10, the coins are shared in proportion to the numbers.\n"
+               "After every round you are told whether the other had the upper or the lower hand and how many coins it kept. "
+               "Your goal is to collect as many points as you can over the whole game.\nThe first round begins.")
 
 def trust_split(rng, rounds, max_tokens=24):
     """Trust-and-Split (arXiv 2511.19405): private hands, one message each, then both keep 0..10 of ten coins."""
@@ -91,25 +72,21 @@ def trust_split(rng, rounds, max_tokens=24):
     for t in range(rounds):
         upper, winner = int(rng.integers(2)), HANDS[rng.integers(3)]
         hands = (winner, BEATS[winner]) if upper == 0 else (BEATS[winner], winner)
-        views, said = [{"hand": hand, "claim": None} for hand in hands], ["", ""]
-        first = (starter + t) % 2
-        for s in (first, 1 - first):
-            heard = f'The other player says: "{said[first]}"\n' if s != first else ""
+        views, said, heard = [{"hand": hand, "claim": None} for hand in hands], ["", ""], ""
+        for s in ((starter + t) % 2, (starter + t + 1) % 2):
             text = f"{news[s]}\nYour hand is {hands[s]}. {heard}Write your message to the other player, one short sentence."
             [reply] = yield [Turn(s, text, None, {**views[s], "kind": "message"}, max_tokens)]
             said[s] = " ".join(reply.split())[:10 * max_tokens]
-            views[1 - s]["claim"] = claim(said[s])
+            heard, views[1 - s]["claim"] = f'The other player says: "{said[s]}"\n', claim(said[s])
         texts = [f'The other player said: "{said[1 - s]}"\nYour hand is {hands[s]}. How many coins do you keep? Answer with a '
                  "number from 0 to 10." for s in (0, 1)]
         kept = [int(n) for n in (yield [Turn(s, texts[s], COUNTS, {**views[s], "kind": "keep"}) for s in (0, 1)])]
-        coins = share(*kept)
-        facts = [{"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "kept": kept[s],
-                  "honest": claim(said[s]) == hands[s], "coop": None if s == upper else kept[s] < 5,
-                  "seen": {"honesty": [claim(said[s]) == hands[s]], "keep_upper" if s == upper else "keep_lower": [kept[s]]}}
-                 for s in (0, 1)]
-        yield Round([coins[s] * (10 if s == upper else 1) for s in (0, 1)], 100, facts)
-        news = [f"The other had the {'upper' if 1 - s == upper else 'lower'} hand and kept {kept[1 - s]}.\nNext round."
-                for s in (0, 1)]
+        honest, role = [claim(said[s]) == hands[s] for s in (0, 1)], ["upper" if s == upper else "lower" for s in (0, 1)]
+        facts = [{"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "honest": honest[s],
+                  "kept": kept[s], "coop": None if s == upper else kept[s] < 5,
+                  "seen": {"honesty": [honest[s]], f"keep_{role[s]}": [kept[s]]}} for s in (0, 1)]
+        yield Round([coins * (10 if s == upper else 1) for s, coins in enumerate(share(*kept))], 100, facts)
+        news = [f"The other had the {role[1 - s]} hand and kept {kept[1 - s]}.\nNext round." for s in (0, 1)]
 
 def claim(message):
     """The hand that `message` names, None unless it names exactly one."""
@@ -120,13 +97,12 @@ def share(p, q):
     """What two players who keep `p` and `q` of ten things get: their wish, or their part in proportion over ten."""
     return (p, q) if p + q <= 10 else (10 * p / (p + q), 10 * q / (p + q))
 
-SPLIT_RULES = (
-    "You play a game of many rounds with another player. In every round 10 hats, 10 books and 10 balls are split between "
-    "you two. Every item is worth 1 or 10 points to you, and may be worth something else to the other. Both say at the "
-    "same time how many hats, books and balls they keep, each from 0 to 10. Where the two numbers for an item add up to "
-    "more than 10, that item is shared in proportion to the numbers.\nAfter every round you are told what the other kept. "
-    "Your goal is to collect as many points as you can over the whole game. Always answer with three numbers for hats, "
-    "books and balls, such as 5 5 5.\nThe first round begins.")
+SPLIT_RULES = ("You play a game of many rounds with another player. In every round 10 hats, 10 books and 10 balls are split "
+               "between you two. Every item is worth 1 or 10 points to you, and may be worth something else to the other. Both "
+               "say at the same time how many hats, books and balls they keep, each from 0 to 10. Where the two numbers for an "
+               "item add up to more than 10, that item is shared in proportion to the numbers.\nAfter every round you are told "
+               "what the other kept. Your goal is to collect as many points as you can over the whole game. Always answer with "
+               "three numbers for hats, books and balls, such as 5 5 5.\nThe first round begins.")
 
 def split(rng, rounds, max_tokens=0):
     """Open values, no messages: both keep 0..10 of ten hats, ten books and ten balls; each item shared like the coins."""
@@ -136,48 +112,30 @@ def split(rng, rounds, max_tokens=0):
         values = [options[i] for i in rng.permutation(3)[:2]]  # two different vectors: at least one item valued differently
         texts = ["{}\nTo you: hats {}, books {}, balls {}. To the other: hats {}, books {}, balls {}.\nHow many do you keep?"
                  .format(news[s], *values[s], *values[1 - s]) for s in (0, 1)]
-        replies = yield [Turn(s, texts[s], TRIPLES, {"kind": "keep", "values": values[s], "other": values[1 - s]}) for s in (0, 1)]
-        kept = [[int(n) for n in reply.split()] for reply in replies]
-        shares = [share(p, q) for p, q in zip(*kept)]  # one (seat 0, seat 1) pair per item
-        facts = []
-        for s in (0, 1):
-            items = list(zip(kept[s], values[s], values[1 - s]))
-            low = [k for k, mine, other in items if mine < other]
-            facts.append({"kept": kept[s], "values": values[s], "coop": sum(low) < 5 * len(low),
-                          "seen": {"keep_low": low, "keep_high": [k for k, mine, other in items if mine > other]}})
-        points = [sum(v * item[s] for v, item in zip(values[s], shares)) for s in (0, 1)]
+        views = [{"kind": "keep", "values": values[s], "other": values[1 - s]} for s in (0, 1)]
+        kept = [[int(n) for n in reply.split()] for reply in (yield [Turn(s, texts[s], TRIPLES, views[s]) for s in (0, 1)])]
+        points = [sum(v * share(p, q)[s] for v, p, q in zip(values[s], *kept)) for s in (0, 1)]
+        low = [[kept[s][i] for i in range(3) if values[s][i] < values[1 - s][i]] for s in (0, 1)]
+        high = [[kept[s][i] for i in range(3) if values[s][i] > values[1 - s][i]] for s in (0, 1)]
+        facts = [{"kept": kept[s], "values": values[s], "coop": sum(low[s]) < 5 * len(low[s]),
+                  "seen": {"keep_low": low[s], "keep_high": high[s]}} for s in (0, 1)]
         yield Round(points, 10 * sum(map(max, *values)), facts)
         news = ["The other kept {} hats, {} books and {} balls.\nNext round.".format(*kept[1 - s]) for s in (0, 1)]
 
-@dataclass
-class Game:
-    """A game, its reward scale (points per unit of reward), its defaults for `real` models (as published, but for fewer games and
-    a larger learning rate), and what differs for the built-in one."""
-    play: callable
-    scale: float
-    real: dict
-    tiny: dict
-
+# scale: points per unit of reward; real: as published, but fewer games and a larger learning rate; tiny: what differs built in.
+Game = namedtuple("Game", "play scale real tiny")
 BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
 TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
 MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
+SPLITS = {**TINY, "iterations": 30, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 1., "entropy": .02, "kl": 0.}
 GAMES = {
     "ipd": Game(matrix_game((3, 3), (0, 5), (5, 0), (1, 1)), 5, *MATRIX),
     "stag_hunt": Game(matrix_game((4, 4), (0, 3), (3, 0), (3, 3)), 5, *MATRIX),
     "chicken": Game(matrix_game((3, 3), (1, 4), (4, 1), (0, 0)), 5, *MATRIX),
-    "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001},
-                        {**TINY, "iterations": 40, "group_size": 8, "beta": 10., "entropy": .02, "kl": 0.}),
-    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001},
-                  {**TINY, "group_size": 8, "beta": 5., "entropy": .02, "kl": 0.}),
-}
-STYLES = {  # past: (I cooperated, the other did) of every round, None where that could not be told
-    "cooperate": lambda past: "fair",
-    "defect": lambda past: "greedy",
-    "tit_for_tat": lambda past: "greedy" if past and past[-1][1] is False else "fair",
-    "grim": lambda past: "greedy" if any(c is False for _, c in past) else "fair",
-    "random": lambda past: "random",
-    "liar": lambda past: "liar",
-}
+    "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001}, SPLITS),
+    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001}, {**SPLITS, "iterations": 40})}
+STYLES = {"cooperate": ("fair", 0), "defect": ("greedy", 0), "tit_for_tat": ("fair", 1), "grim": ("fair", 10 ** 9),
+          "random": ("random", 0), "liar": ("liar", 0)}  # a style, and for how many rounds it pays back greed with greed
 
 def players(game):
     """Names of the scripted players of a game: `liar` needs one with messages."""
@@ -189,22 +147,18 @@ def answer(view, style, rng):
         return "AB"[rng.integers(2) if style == "random" else style != "fair"]
     if view["kind"] == "message":
         hand = HANDS[rng.integers(3)] if style == "random" else view["hand"]
-        if style == "liar":  # the hand that beats the other's, or, not knowing it, the one that would beat its own
-            hand = BEATEN_BY[view["claim"] or BEATEN_BY[hand]]
+        if style == "liar":  # what beats the other's hand (BEATS goes round in three), or would if that one beat its own
+            hand = BEATS[BEATS[view["claim"]]] if view["claim"] else BEATS[hand]
         return f"My hand is {hand}"
     if "values" in view:
-        wish = [10 if style != "fair" or mine > other else 5 if mine == other else 0
-                for mine, other in zip(view["values"], view["other"])]
-        return "{} {} {}".format(*(rng.integers(11, size=3) if style == "random" else wish))
-    if style == "random":
-        return COUNTS[rng.integers(11)]
-    if style != "fair" or BEATS[view["hand"]] == view["claim"]:
-        return "10"
-    return "0" if BEATEN_BY[view["hand"]] == view["claim"] else "5"  # without a believable claim, half
+        mine, others = view["values"], view["other"]
+    else:  # coins count more for the upper hand; without a believable claim, as if they counted the same for both
+        mine, others = [BEATS[view["hand"]] == view["claim"]], [BEATS.get(view["claim"]) == view["hand"]]
+    wish = [10 if style != "fair" or a > b else 5 if a == b else 0 for a, b in zip(mine, others)]
+    return " ".join(map(str, rng.integers(11, size=len(wish)) if style == "random" else wish))
 
 class Player:
     """A player that answers one turn at a time. `keys` are (game, seat), each with random numbers of its own."""
-
     def begin(self, seed, keys):
         """Forget all games and prepare for those of `keys`; `seed` is a list of ints."""
         self.rngs = {key: np.random.default_rng([*seed, *key]) for key in keys}
@@ -215,18 +169,16 @@ class Player:
 
 class Scripted(Player):
     """A scripted player of any game. `noise` is the probability of a uniformly random reply instead of its own."""
-
     def __init__(self, name, noise=0.):
         self.name, self.noise = name, noise
 
     def ask(self, key, turn):
-        rng = self.rngs[key]
-        lost = self.noise and rng.random() < self.noise
-        return answer(turn.view, "random" if lost else STYLES[self.name](turn.view["past"]), rng)
+        style, memory = STYLES[self.name]
+        wronged, lost = False in turn.view["past"][::-1][:memory], self.noise and self.rngs[key].random() < self.noise
+        return answer(turn.view, "random" if lost else "greedy" if wronged else style, self.rngs[key])
 
 class Human(Player):
     """The person at the terminal, asked until the reply is a legal one. EOFError at the end of input (Ctrl-D)."""
-
     def ask(self, key, turn):
         print(f"\n[game {key[0] + 1}, round {turn.view['round'] + 1}]\n{printable(turn.text)}")
         while (said := input("> ").strip()) not in (turn.choices or [said]):
@@ -237,49 +189,42 @@ def printable(text):
     """`text` with all control characters but line breaks spelled out, so that a terminal shows and does not obey them."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
-@dataclass
 class Match:
-    """A game to play, and then its record: `log` holds (seat, text read, reply). Matches with the same `deal` (int) are dealt
-    the same cards; `number` (int, unique in a batch) fixes the players' random draws."""
-    number: int
-    deal: int
-    rounds: int
-    agents: tuple
-    played: list = field(default_factory=list)
-    log: list = field(default_factory=list)
+    """A game to play, and then its record: `played` Rounds, `log` (seat, text read, reply). Matches with the same `deal` (int)
+    are dealt the same cards; `number` (int, unique in a batch) fixes the players' random draws."""
+    def __init__(self, number, deal, rounds, agents):
+        self.number, self.deal, self.rounds, self.agents = number, deal, rounds, agents
+        self.played, self.log = [], []
 
 def play(game, matches, seed, max_tokens):
     """Play all `matches` of `game` at once, in place; `seed` is a list of ints. Agents have begin and reply; see Player.
     ValueError where a game scores a round outside its range."""
     for agent in dict.fromkeys(agent for m in matches for agent in m.agents):
         agent.begin([*seed, 1], [(m.number, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
-    live = [(m, GAMES[game].play(np.random.default_rng([*seed, 0, m.deal]), m.rounds, max_tokens), None) for m in matches]
-    while live:
-        waiting, asked = [], defaultdict(list)
-        for m, rules, replies in live:
-            try:
-                while isinstance(step := rules.send(replies), Round):
-                    if not (min(step.points) >= 0 and sum(step.points) <= step.best * (1 + 1e-9)):
-                        raise ValueError(f"{game}: points {step.points} of a round are not within 0 and {step.best} together")
-                    m.played.append(step)
-                    replies = None
-            except StopIteration:
-                continue
-            waiting.append((m, rules, [None] * len(step)))
-            for n, turn in enumerate(step):
-                pairs = [(this.facts[turn.seat]["coop"], this.facts[1 - turn.seat]["coop"]) for this in m.played]
-                turn.view.update(round=len(m.played), past=pairs)  # past: (I cooperated, the other did) of every round
-                asked[m.agents[turn.seat]].append((m, waiting[-1][2], n, turn))
-        for agent, todo in asked.items():
-            replies = agent.reply([(m.number, turn.seat) for m, _, _, turn in todo], [turn for *_, turn in todo])
-            for (m, answers, n, turn), reply in zip(todo, replies):
-                answers[n] = reply
-                m.log.append((turn.seat, turn.text, reply))
-        live = waiting
+    rules = {m: GAMES[game].play(np.random.default_rng([*seed, 0, m.deal]), m.rounds, max_tokens) for m in matches}
+    waiting = {m: next(rules[m]) for m in matches}  # the turns of the matches that are not over
+    while waiting:
+        asked, replies = defaultdict(dict), {}  # {agent: {key: turn}}, {key: reply}
+        for m, turns in waiting.items():
+            for turn in turns:
+                turn.view.update(round=len(m.played), past=[this.facts[1 - turn.seat]["coop"] for this in m.played])
+                asked[m.agents[turn.seat]][m.number, turn.seat] = turn
+        for agent, turns in asked.items():
+            replies.update(zip(turns, agent.reply(list(turns), list(turns.values()))))
+        for m, turns in waiting.items():
+            m.log += [(turn.seat, turn.text, replies[m.number, turn.seat]) for turn in turns]
+            step = rules[m].send([reply for _, _, reply in m.log[-len(turns):]])
+            while isinstance(step, Round):
+                if not (min(step.points) >= 0 and sum(step.points) <= step.best * (1 + 1e-9)):
+                    raise ValueError(f"{game}: points {step.points} of a round are not within 0 and {step.best} together")
+                m.played.append(step)
+                step = next(rules[m], None)
+            waiting[m] = step
+        waiting = {m: turns for m, turns in waiting.items() if turns}
 
 def indicators(rounds, seat):
-    """What one seat did in one game, {name: list of numbers} to be pooled over games and averaged: what the game itself has `seen`,
-    and that again _after_fair and _after_greedy: after the other last had a choice, and that is what it did (p_c_XY says so itself)."""
+    """What one seat did in one game, {name: list of numbers} to be pooled over games and averaged: what the game itself has
+    `seen`, and that again _after_fair and _after_greedy, by what the other did when it last could (p_c_XY says so itself)."""
     out, last = defaultdict(list), None
     for this in rounds:
         me, other = this.facts[seat], this.facts[1 - seat]["coop"]
@@ -291,22 +236,18 @@ def indicators(rounds, seat):
     return out
 
 def meet(game, a, b, deals, rounds, seed, max_tokens):
-    """Games of the agents `a` and `b` in both seats of each of `deals` deals: [(Match, seat of a)]."""
+    """Games of the agents `a` and `b` in both seats of each of `deals` deals: [(Match, seat of a)], deal by deal."""
     sides = [(Match(2 * deal + seat, deal, rounds, (a, b)[::1 - 2 * seat]), seat) for deal in range(deals) for seat in (0, 1)]
-    matches, person = [m for m, _ in sides], isinstance(a, Human) or isinstance(b, Human)
-    for batch in [[m] for m in matches] if person else [matches]:  # people play one game after the other
-        play(game, batch, seed, max_tokens)
+    for batch in [[side] for side in sides] if Human in (type(a), type(b)) else [sides]:  # people play one game after the other
+        play(game, [m for m, _ in batch], seed, max_tokens)
     return sides
 
 def summarize(sides):
-    """Means over `sides`, a list of (Match, seat): points per round of the seat and of the other, welfare (share of the best
-    joint score), and the indicators of the game; None where nothing was seen."""
+    """Means over [(Match, seat)]: points per round of both, welfare (share of the best joint score) and indicators, or None."""
     seen = defaultdict(list)
     for m, seat in sides:
-        seen["points"] += [this.points[seat] for this in m.played]
-        seen["points_other"] += [this.points[1 - seat] for this in m.played]
-        seen["welfare"] += [sum(this.points) / this.best for this in m.played]
-        for name, values in indicators(m.played, seat).items():
+        own, other, shares = zip(*((r.points[seat], r.points[1 - seat], sum(r.points) / r.best) for r in m.played))
+        for name, values in {"points": own, "points_other": other, "welfare": shares, **indicators(m.played, seat)}.items():
             seen[name] += values
     return {name: float(np.mean(values)) if values else None for name, values in seen.items()}
 

@@ -1,24 +1,23 @@
 """How far play and update are above their floor, in ratios that hold on any machine. Measured by hand, never by pytest:
 
-    python tests/bench.py --model tiny --json out.json                     a few minutes on a laptop
-    python tests/bench.py --model DIR --game trust_split --vocab           a real model; on a CPU with --games 4 --repeats 3
+    python tests/bench.py --model tiny --json out.json               two minutes on a laptop
+    python tests/bench.py --model DIR --game trust_split --vocab     a real model; on a CPU add --games 4 --repeats 3
 
-The floor: every token of a conversation goes through the model once to play it, and once forward and backward to learn from
-it. What is compared runs in turns (A B A B ...), so that a busy machine slows both alike; the medians are compared.
+The floor: every token of a conversation goes through the model once to play it, and once forward and backward to learn
+from it. What is compared runs in turns (A B A B ...), so that a busy machine slows both alike; medians are compared.
 
-play / forward        self-play of a batch / one forward pass over its finished conversations, both seats, in one batch
-                      padded on the right: the decoder with its adapter, without head and without cache
-generate / play       the usual way / self-play. Usual: in every turn the whole conversations are encoded anew by the chat
-                      template, answered by model.generate in one batch padded on the left, decoded and parsed
-update / plain update score, policy_loss, backward / forward and backward with logits, log-softmax and entropy of every
-                      position over the whole vocabulary; the same tokens per micro-batch, both without KL
-memory                what an update adds at its peak. On CUDA torch's counter; on a CPU the rise of the resident memory in a
-                      fresh process (some 5 MB of it are noise)
-share of the peak     flops per second over those of a large matrix product in the same dtype. Counted are 2 (play) or 6
-                      (update) per weight of the decoder layers (no embedding, head, adapter) and conversation token without
-                      padding. True work is less where the opening is read once for all rows, and in the update, where
-                      frozen weights need no gradient (4 instead of 6); so the share can exceed what the hardware did
-growth                seconds and memory when games, rounds or message lengths double, and double again
+play / forward     self-play of a batch / one forward pass over its finished conversations, both seats, in one batch
+                   padded on the right: the decoder with its adapter, without head and without cache
+generate / play    the usual way / self-play. Usual: in every turn the whole conversations are encoded anew by the chat
+                   template, answered by model.generate in one batch padded on the left, decoded and parsed
+update / plain     score, policy_loss, backward / forward and backward with logits, log-softmax and entropy of every
+                   position over the whole vocabulary; the same tokens per micro-batch, both without KL
+memory             what an update adds at its peak. On CUDA torch's counter; on a CPU the rise of the resident memory in
+                   a fresh process (Linux only; some 5 MB of it are noise)
+share of the peak  flops per second over those of a large matrix product in the same dtype: 2 (play) or 6 (update) flops
+                   per conversation token, without padding, and weight of the decoder layers (no embedding, head,
+                   adapter). It flatters: an opening is read once for all rows, and frozen weights need 4, not 6
+growth             seconds and memory when games, rounds or message lengths double, and double again
 """
 import concurrent.futures
 import json
@@ -26,11 +25,9 @@ import multiprocessing
 import os
 import pathlib
 import re
-import resource
 import sys
 import time
 from collections import defaultdict
-from importlib import metadata
 from statistics import median
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -47,32 +44,28 @@ ROUNDS = {"ipd": 10, "trust_split": 5}
 V, TALKS, VOCAB_BUDGET = 152_064, 8, 2048  # of --vocab: vocabulary, conversations, tokens per micro-batch
 
 class Recorder(Policy):
-    """A policy that notes its batches of turns: `calls` holds (keys, turns, replies, sampled tokens of the longest reply)."""
-
-    def begin(self, seed, keys):
-        super().begin(seed, keys)
-        self.calls = []
+    """A policy that notes its batches of turns in `calls`: (keys, turns, replies, most tokens sampled for a reply)."""
+    calls = ()
 
     def reply(self, keys, turns):
-        rows = [self.episodes[key] for key in keys]
-        before = [len(row.at) for row in rows]
+        before = [len(self.episodes[key].at) for key in keys]
         replies = super().reply(keys, turns)
-        self.calls.append((keys, turns, replies, max(len(row.at) - n for row, n in zip(rows, before))))
+        n = max(len(self.episodes[key].at) - n for key, n in zip(keys, before))
+        self.calls += ((keys, turns, replies, n),)
         return replies
 
 def build(model, game):
-    """The model to measure, as a run would load it unquantized; "vocab" is a random one of 2 layers with a very large head."""
+    """The model to measure, as a run would load it unquantized; "vocab" is a random one with a very large head."""
     rank = GAMES[game].real["lora_rank"]
     if model != "vocab":
         return load(model, "none", game, rank)
-    torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=V, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4))
     base = base.to("cuda", torch.bfloat16) if torch.cuda.is_available() else base
-    return LLM(base, tiny.build_tokenizer([""]), rank)  # of the built-in model, single bytes only: the head has far more rows
+    return LLM(base, tiny.build_tokenizer([""]), rank)  # the built-in model's, single bytes only
 
 def invent(llm, rng):
-    """Episodes of 1024 tokens for "vocab": half opening, then 5 rounds of a message of 24 tokens and a choice out of 11."""
+    """Episodes of 1024 tokens for "vocab": half opening, then 5 rounds of a message (24 tokens) and a choice of 11."""
     said = torch.nonzero(llm.allowed)[:, 0].tolist()
     opening, out = rng.choice(said, 509).tolist(), []
     for _ in range(TALKS):
@@ -108,32 +101,29 @@ def check(llm, episodes):
     for e, hidden in zip(episodes, forward(llm, episodes)):
         for at, legal, lp in zip(e.at, e.legal, e.logp):
             logits, i = llm.head(hidden[at - 1]).float(), e.ids[at]
-            if legal is None:
-                logits = logits.masked_fill(~llm.allowed, -torch.inf)
-            else:
-                logits, i = logits[list(legal)], legal.index(i)
-            worst = max(worst, abs(logits.log_softmax(-1)[i].item() - lp))
+            mask = llm.allowed if legal is None else torch.zeros_like(llm.allowed).index_fill(
+                0, torch.tensor(legal, device=llm.device), True)
+            worst = max(worst, abs(logits.masked_fill(~mask, -torch.inf).log_softmax(-1)[i].item() - lp))
     limit = 1e-3 if hidden.dtype == torch.float32 else .25  # bfloat16 keeps 8 bits of logits of some tens
     assert worst < limit, f"log-probs of play and of the plain forward pass differ by {worst:.2g}, more than {limit}"
     return worst
 
 def generate(llm, calls):
-    """What the replies in `calls` cost the usual way. The conversation goes on with the recorded reply, and a batch generates
-    as many tokens as play sampled for its longest message (or as its longest legal reply has), so both play the same games."""
+    """What the replies in `calls` cost the usual way. To have the same games, conversations go on with the recorded
+    reply, and a batch generates as many tokens as play sampled for its longest message, or its longest choice has."""
     tokenizer, chats = llm.tokenizer, defaultdict(list)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     for keys, turns, replies, n in calls:
         for key, turn in zip(keys, turns):
             chats[key].append({"role": "user", "content": turn.text.strip()})
         n = max(len(llm.framing.encode(choice)) for choice in turns[0].choices) if turns[0].choices else n
-        batch = tokenizer.apply_chat_template([chats[key] for key in keys], add_generation_prompt=True, return_tensors="pt",
-                                              padding=True, return_dict=True, enable_thinking=False).to(llm.device)
-        ids = llm.base.generate(**batch, generation_config=transformers.GenerationConfig(
-            do_sample=True, top_k=0, min_new_tokens=n, max_new_tokens=n, eos_token_id=llm.framing.end,
-            pad_token_id=tokenizer.pad_token_id))
+        batch = tokenizer.apply_chat_template([chats[key] for key in keys], add_generation_prompt=True, padding=True,
+                                              return_tensors="pt", return_dict=True, enable_thinking=False)
+        ids = llm.base.generate(**batch.to(llm.device), generation_config=transformers.GenerationConfig(
+            do_sample=True, top_k=0, min_new_tokens=n, max_new_tokens=n, pad_token_id=tokenizer.pad_token_id))
         texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
         for key, turn, text, reply in zip(keys, turns, texts, replies):
-            next((choice for choice in turn.choices or () if text.strip().startswith(choice)), None)  # parsed, and not used
+            next((choice for choice in turn.choices or () if text.strip().startswith(choice)), None)  # parsed, not used
             chats[key].append({"role": "assistant", "content": reply})
 
 def update(llm, episodes, budget):
@@ -161,7 +151,7 @@ def clock(repeats, *functions):
     """Seconds of each of `functions`, called in turns `repeats` times: [[seconds, ...], ...]."""
     def now():
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # until the device has done what it was asked to
+            torch.cuda.synchronize()  # or the clock is read before the work is done
         return time.perf_counter()
 
     out = [[] for _ in functions]
@@ -173,15 +163,13 @@ def clock(repeats, *functions):
 
 def risen(source, step, episodes, budget):
     """MB by which `step` raises the memory of this process, a fresh one, at its peak."""
-    def high_water():
-        try:
-            return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
-        except OSError:  # not Linux
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    def high_water():  # not ru_maxrss, which begins at what the parent process has held
+        return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 
     llm = build(*source)
-    if os.path.exists("/proc/self/clear_refs"):  # forget the peak of loading; ru_maxrss would even keep the parent's
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    if not os.path.exists("/proc/self/clear_refs"):
+        return float("nan")  # not Linux
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = high_water()
     step(llm, episodes, budget)
     return high_water() - before
@@ -189,7 +177,6 @@ def risen(source, step, episodes, budget):
 def peak(llm, source, step, episodes, budget):
     """MB that `step` (update or plain_update) adds at its peak; `source` is what `llm` was built from."""
     if torch.cuda.is_available():
-        llm.model.zero_grad()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(llm, episodes, budget)
@@ -198,28 +185,28 @@ def peak(llm, source, step, episodes, budget):
         return pool.submit(risen, source, step, episodes, budget).result()
 
 def compare(name, unit, first, second):
-    """A row of the comparison: two lists of measurements, the ratio of their medians, and the range of single ratios."""
+    """A row of the comparison: two lists of measurements, the ratio of their medians, and the range of ratios."""
     single = [a / b for a, b in zip(first, second)]
     return {"name": name, "unit": unit, "first": first, "second": second, "ratio": median(first) / median(second),
             "lowest": min(single), "highest": max(single)}
 
-def compare_updates(llm, source, episodes, budget, repeats, label=""):
+def compare_updates(label, llm, source, episodes, budget, repeats):
     """The rows for seconds and peak memory of the update over the plain one."""
     seconds = clock(repeats, lambda: update(llm, episodes, budget), lambda: plain_update(llm, episodes, budget))
     memory = [[peak(llm, source, step, episodes, budget)] for step in (update, plain_update)]
-    return [compare(f"update / plain update{label}", "s", *seconds), compare(f"  peak memory{label}", "MB", *memory)]
+    return [compare(f"update / plain{label}", "s", *seconds), compare(f"  peak memory{label}", "MB", *memory)]
 
 def growth(llm, args, budget):
     """Play and update while one of games, rounds and message lengths doubles twice, from a quarter of the games on."""
-    start, out = {"games": max(1, args.games // 4), "rounds": args.rounds, "message tokens": args.max_message_tokens}, []
+    start, out = {"games": max(1, args.games // 4), "rounds": args.rounds, "tokens": args.max_message_tokens}, []
     for what in list(start)[:2 if args.game == "ipd" else 3]:
-        llm.allowed[llm.framing.end] = what != "message tokens"  # there no message may end before its full length
+        llm.allowed[llm.framing.end] = what != "tokens"  # there no message may end before its full length
         for times in (1, 2, 4):
             agent, size = Policy(llm), {**start, what: start[what] * times}
             episodes = self_play(agent, args.game, *size.values())
             played, updated = clock(max(1, args.repeats // 2), lambda: self_play(agent, args.game, *size.values()),
                                     lambda: update(llm, episodes, budget))
-            out.append({"what": what, "times": times, "size": size[what], "tokens": sum(len(e.ids) for e in episodes),
+            out.append({**size, "series": what, "seen": sum(len(e.ids) for e in episodes),
                         "play s": median(played), "update s": median(updated),
                         "update MB": peak(llm, (args.model, args.game), update, episodes, budget)})
     llm.allowed[llm.framing.end] = True
@@ -227,62 +214,66 @@ def growth(llm, args, budget):
 
 def measure(args):
     """Everything measured, as a dict."""
-    llm, source, size = build(args.model, args.game), (args.model, args.game), (args.games, args.rounds, args.max_message_tokens)
+    source, size = (args.model, args.game), (args.game, args.games, args.rounds, args.max_message_tokens)
+    llm = build(*source)
     budget = min(4096, llm.token_budget())  # on a GPU more would fit, but not with the plain update's logits
     recorder, agent = Recorder(llm), Policy(llm)
-    episodes = self_play(recorder, args.game, *size)
-    worst, tokens = check(llm, episodes), sum(len(e.ids) for e in episodes)
-    played, read, generated = clock(args.repeats, lambda: self_play(agent, args.game, *size), lambda: forward(llm, episodes),
+    episodes = self_play(recorder, *size)
+    worst, tokens, sampled = check(llm, episodes), sum(len(e.ids) for e in episodes), sum(len(e.at) for e in episodes)
+    played, read, generated = clock(args.repeats, lambda: self_play(agent, *size), lambda: forward(llm, episodes),
                                     lambda: generate(llm, recorder.calls))
     rows = [compare("play / forward", "s", played, read), compare("generate / play", "s", generated, played),
-            *compare_updates(llm, source, episodes, budget, args.repeats)]
+            *compare_updates("", llm, source, episodes, budget, args.repeats)]
     n = 8192 if llm.device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=llm.device, dtype=llm.head.weight.dtype)
     best = 2 * n ** 3 / min(clock(5, lambda: a @ b)[0])  # flops per second
     weights = sum(p.numel() for name, p in llm.decoder.layers.named_parameters() if ".lora_" not in name)
-    share = {name: times * weights * tokens / median(seconds) / best for name, times, seconds in (
-        ("play", 2, played), ("forward", 2, read), ("update", 6, rows[2]["first"]), ("plain update", 6, rows[2]["second"]))}
+    share = {name: flops * weights * tokens / median(seconds) / best for name, flops, seconds in (
+        ("play", 2, played), ("forward", 2, read), ("update", 6, rows[2]["first"]), ("plain", 6, rows[2]["second"]))}
     grown = growth(llm, args, budget)
     if args.vocab:
-        big = build("vocab", args.game)
-        rows += compare_updates(big, ("vocab", args.game), invent(big, np.random.default_rng(0)), VOCAB_BUDGET,
-                                min(3, args.repeats), ", 152k")
+        source = "vocab", args.game
+        llm = build(*source)
+        episodes = invent(llm, np.random.default_rng(0))
+        rows += compare_updates(", 152k", llm, source, episodes, VOCAB_BUDGET, min(3, args.repeats))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
-    return {**vars(args), "device": device, "micro_batch_tokens": budget, "tokens": tokens, "weights": weights,
-            "sampled": sum(len(e.at) for e in episodes), "logp_difference": worst, "rows": rows, "matmul_flops": best,
-            "share": share, "growth": grown, "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")}}
+    return {**vars(args), "device": device, "torch": torch.__version__, "micro_batch_tokens": budget, "tokens": tokens,
+            "sampled": sampled, "weights": weights, "logp_difference": worst, "rows": rows, "matmul_flops": best,
+            "share": share, "growth": grown}
 
 def show(out):
     """Print what `measure` returned."""
-    print("{model}, {game}, {games} games of {rounds} rounds: {tokens} tokens, {sampled} of them sampled. {device}.\nLog-probs "
-          "of play and of the plain forward pass differ by {logp_difference:.1g} at most.".format(**out))
-    vocab = f"\n(152k: vocabulary of {V}, {TALKS} conversations of 1024 tokens, half of them opening, random weights, 2 layers)"
-    table(f"Medians of {out['repeats']} repeats, and the lowest and highest ratio in one of them" + vocab * out["vocab"],
+    short = lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    print("{model}, {game}, {games} games of {rounds} rounds: {tokens} tokens, {sampled} of them sampled. {device}.\n"
+          "Log-probs of play and of the plain forward pass differ by {logp_difference:.1g} at most.".format(**out))
+    vocab = f"\n(152k: vocabulary of {V}, {TALKS} conversations of 1024 tokens, half opening, random weights, 2 layers)"
+    table(f"Medians of {out['repeats']} repeats, lowest and highest ratio in one of them" + vocab * out["vocab"],
           ["", "first", "second", "ratio", "lowest", "highest"],
-          [[row["name"], *(f"{median(row[k]):.3g} {row['unit']}" if median(row[k]) < 1e3 else f"{median(row[k]):.0f} {row['unit']}"
-            for k in ("first", "second")), row["ratio"], row["lowest"], row["highest"]] for row in out["rows"]])
-    table("Share of the peak of matrix products, {:.3g} flops per second".format(out["matmul_flops"]), [*out["share"]],
+          [[row["name"], *(f"{short(median(row[key]))} {row['unit']}" for key in ("first", "second")),
+            *(row[key] for key in ("ratio", "lowest", "highest"))] for row in out["rows"]])
+    table(f"Share of the peak of matrix products, {out['matmul_flops']:.3g} flops per second", [*out["share"]],
           [[f"{100 * share:.1f}%" for share in out["share"].values()]])
-    first, keys, lines = {row["what"]: row for row in reversed(out["growth"])}, ("tokens", "play s", "update s", "update MB"), []
-    for row in out["growth"]:
-        lines.append([f"{row['what']} {row['size']}", *(cell for key in keys for cell in (
-            f"{row[key]:.0f}" if row[key] >= 100 else f"{row[key]:.3g}", row[key] / first[row["what"]][key]))])
-    table("Growth, x: times the first line of the series", ["", *(cell for key in keys for cell in (key, "x"))], lines)
+    first, keys = {row["series"]: row for row in reversed(out["growth"])}, ("seen", "play s", "update s", "update MB")
+    table("Growth, x: times the first line of the series; seen: tokens of all conversations",
+          ["games", "rounds", "message tokens", *(cell for key in keys for cell in (key, "x"))],
+          [[*(str(row[key]) for key in ("games", "rounds", "tokens")), *(
+              cell for key in keys for cell in (short(row[key]), row[key] / first[row["series"]][key]))]
+           for row in out["growth"]])
 
 def parse(argv):
     """The command line as a namespace. Raises UserError."""
     parser = Parser(description=__doc__.split("\n")[0])
     add, count = parser.add_argument, number(int, 1)
-    add("--model", default="tiny", help="tiny (built in), a Hugging Face model folder, or a hub id (default: %(default)s)")
+    add("--model", default="tiny", help="tiny (built in), a model folder, or a hub id (default: %(default)s)")
     add("--game", default="ipd", choices=list(ROUNDS), help="which game (default: %(default)s)")
     add("--games", type=count, default=16, help="games in the batch (default: %(default)s)")
     add("--rounds", type=count, help="rounds per game (default: 10 in ipd, 5 in trust_split)")
-    add("--max-message-tokens", type=count, default=24, help="longest message in trust_split (default: %(default)s)")
-    add("--repeats", type=count, default=5, help="measurements of each, whose median is given; growth takes half as many, "
+    add("--max-message-tokens", type=count, default=24, help="longest message of trust_split (default: %(default)s)")
+    add("--repeats", type=count, default=5, help="repeats, of which the median is given; growth takes half as many, "
         "--vocab 3 at most (default: %(default)s)")
     add("--json", metavar="FILE", help="write all of it, with the single measurements, to this file")
-    add("--vocab", action="store_true", help=f"measure the update at a vocabulary of {V} too, on a small random model with "
-        "conversations of 1024 tokens: about 8 GB of memory")
+    add("--vocab", action="store_true", help=f"also measure the update at a vocabulary of {V}, on a small random model "
+        "and conversations of 1024 tokens: takes about 8 GB of memory and some minutes on a CPU")
     args = parser.parse_args(argv)
     args.rounds = args.rounds or ROUNDS[args.game]
     return args
@@ -290,12 +281,10 @@ def parse(argv):
 def main(argv=None):
     try:
         args = parse(argv)
-        if args.json:
-            pathlib.Path(args.json).touch()  # a bad path had better fail now
-        out = measure(args)
-        show(out)
-        if args.json:
-            pathlib.Path(args.json).write_text(json.dumps(out, indent=1), encoding="utf-8")
+        with open(args.json or os.devnull, "w", encoding="utf-8") as file:  # a bad path had better fail now
+            out = measure(args)
+            show(out)
+            json.dump(out, file, indent=1)
     except (UserError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
