@@ -5,8 +5,7 @@
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID        QLoRA on any instruct model
 
 The method is arXiv 2511.19405: Advantage Alignment with a group-relative baseline (equations in loss.py). One optimizer step
-follows every batch of games. All randomness follows from (seed, iteration); a game does not depend on the rest of its batch.
-"""
+follows every batch of games. All randomness follows from (seed, iteration); a game does not depend on the rest of its batch."""
 import json, os, pathlib, shutil, sys, time
 from importlib import metadata
 
@@ -80,11 +79,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
         (self.folder / "config.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=1))
-
     def draw(self):
         """The matches of this iteration and who learns: ([Match], [(match, seat, group)])."""
-        args, matches, learners = self.args, [], []
-        groups = args.games // args.group_size
+        args, matches, learners, groups = self.args, [], [], self.args.games // self.args.group_size
         for g in range(groups):
             rng = np.random.default_rng([args.seed, self.iteration, 2, g])
             rounds = args.rounds if args.continue_prob == 1 else min(args.rounds, int(rng.geometric(1 - args.continue_prob)))
@@ -96,14 +93,12 @@ class Run:
                 matches.append(Match(n, g, rounds, agents))
                 learners += [(matches[-1], s, g) for s in (0, 1) if agents[s] is self.live]
         return matches, learners
-
     def snapshot(self, number):
         """The policy of snapshot `number`, in an adapter slot of its own while this iteration lasts."""
         if number not in self.slots:
             self.slots[number] = Policy(self.llm, f"past{len(self.slots)}")
             self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", self.slots[number].adapter)
         return self.slots[number]
-
     def credit(self, learners):
         """c [rows, T] of the learning seats, from points to credit (equations in loss.py)."""
         points = [torch.tensor([(r.points[s], r.points[1 - s]) for r in m.played]) for m, s, _ in learners]
@@ -112,7 +107,6 @@ class Run:
         group = torch.tensor([2 * g * (self.args.baseline == "group") + seat for _, seat, g in learners])
         A_own, A_other = (advantages(returns_to_go(r, self.args.gamma), group, mask) for r in rewards.unbind(-1))
         return credits(self.args.algo, A_own, A_other, self.args.gamma, self.args.beta)
-
     def learn(self, learners):
         """One optimizer step on the games of this iteration; returns what to log of it."""
         args, logged = self.args, []
@@ -132,7 +126,6 @@ class Run:
         return {"entropy": entropy.mean().item(), "kl": kl.mean().item() if args.kl else None, "grad_norm": norm,
                 "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
                 "tokens": sum(len(e.ids) for e in episodes), "sampled_tokens": N}
-
     def step(self):
         """One iteration; returns its line for metrics.jsonl."""
         args, start = self.args, time.perf_counter()
@@ -162,7 +155,6 @@ class Run:
             for old in sorted(self.folder.glob("snapshots/*"))[:-len(self.past) or None]:
                 shutil.rmtree(old)
         return line
-
     def table(self):
         """Play the untrained and the trained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
         args, out = self.args, {"untrained": {}, "trained": {}}
@@ -187,7 +179,7 @@ def new_folder(args):
 def train(args):
     """Train as `args` say, with a progress bar, and print and save the final table."""
     run, say = Run(args, new_folder(args)), "honesty" if args.game == "trust_split" else "cooperation"
-    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed}: {args.games} games an iteration -> {run.folder}")
+    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed} -> {run.folder}")
     for _ in (bar := tqdm(range(args.iterations), mininterval=0.5)):
         line = run.step()
         numbers = {"points": line.get("points_against", line["points"]), say: line[say], "entropy": line["entropy"]}

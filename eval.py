@@ -3,7 +3,6 @@
     python eval.py --agents runs/a runs/b base cooperate defect tit_for_tat --games 64 --plot crossplay.png
     python eval.py --plot curves.png runs/a runs/b       learning curves; runs that differ only in seed become mean and band
     python eval.py --show runs/a --iteration 0           whole games, to read
-
 All pairs of agents play the same deals in both seats, so differences between agents are not differences of luck."""
 import importlib.util, json, os, pathlib, sys, textwrap
 from collections import defaultdict
@@ -49,8 +48,8 @@ def find_agents(args):
         raise UserError("two agents have the same name; give each agent once, and runs folders of different names")
     if names == ["human"]:
         raise UserError("human needs somebody to play with; name another agent")
-    no_model = all(name in built_in or name.startswith("api:") for name in names)
-    llm = None if no_model else load(args.model, args.quant, args.game)
+    learned = [name for name in names if name not in built_in and not name.startswith("api:")]
+    llm = load(args.model, args.quant, args.game) if learned else None
     return {label: find_agent(name, args.game, llm) for label, name in zip(labels, names)}
 
 def points(sides):
@@ -85,9 +84,9 @@ def evaluate(args):
         taken = {other: points(sides[name, other])[:, 1] for other in everyone if other not in ("random", "human")}
         best = max(taken, key=lambda other: taken[other].mean())
         gain = taken[best] - taken["cooperate"]
-        robust[name] = {
-            "welfare": summarize(sides[name, name])["welfare"], "fair player gets": taken["cooperate"].mean(),
-            "best adversary": best[-16:], "gets": taken[best].mean(), "exploitability": gain.mean(), "+-": standard_error(gain)}
+        robust[name] = {"welfare": summarize(sides[name, name])["welfare"], "fair player gets": taken["cooperate"].mean(),
+                        "best adversary": best[-16:], "gets": taken[best].mean(), "exploitability": gain.mean(),
+                        "+-": standard_error(gain)}
         seen = summarize(sides[name, "random"])  # a random player leads everyone into every situation
         prints[name] = {key: seen.get(key) for key in KEPT.get(args.game, STATES)}
     label = {name: f"{n} {name[-16:]}" for n, name in enumerate(agents, 1)}

@@ -43,7 +43,6 @@ def matrix_game(cc, cd, dc, dd):
              "choose B, you get {} and the other gets {}.\nAfter every round you are told what the other chose. Your goal is "
              "to collect as many points as you can over the whole game. Always answer with one letter, A or B.\nThe first "
              "round begins. Do you choose A or B?").format(*cc, *cd, *dc, *dd)
-
     def game(rng, rounds, max_tokens=0):
         texts, state = (rules, rules), ("first", "first")
         for _ in range(rounds):
@@ -127,13 +126,13 @@ Game = namedtuple("Game", "play scale real tiny")
 BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
 TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
 MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
-SPLITS = {**TINY, "iterations": 30, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 1., "entropy": .02, "kl": 0.}
+SPLITS = {**TINY, "iterations": 40, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 1., "entropy": .02, "kl": 0.}
 GAMES = {
     "ipd": Game(matrix_game((3, 3), (0, 5), (5, 0), (1, 1)), 5, *MATRIX),
     "stag_hunt": Game(matrix_game((4, 4), (0, 3), (3, 0), (3, 3)), 5, *MATRIX),
     "chicken": Game(matrix_game((3, 3), (1, 4), (4, 1), (0, 0)), 5, *MATRIX),
     "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001}, SPLITS),
-    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001}, {**SPLITS, "iterations": 40})}
+    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001}, SPLITS)}
 STYLES = {"cooperate": ("fair", 0), "defect": ("greedy", 0), "tit_for_tat": ("fair", 1), "grim": ("fair", 10 ** 9),
           "random": ("random", 0), "liar": ("liar", 0)}  # a style, and for how many rounds it pays back greed with greed
 
@@ -162,7 +161,6 @@ class Player:
     def begin(self, seed, keys):
         """Forget all games and prepare for those of `keys`; `seed` is a list of ints."""
         self.rngs = {key: np.random.default_rng([*seed, *key]) for key in keys}
-
     def reply(self, keys, turns):
         """Replies (list of str) to `turns`; `keys[i]` says whose turn it is."""
         return [self.ask(key, turn) for key, turn in zip(keys, turns)]
@@ -171,7 +169,6 @@ class Scripted(Player):
     """A scripted player of any game. `noise` is the probability of a uniformly random reply instead of its own."""
     def __init__(self, name, noise=0.):
         self.name, self.noise = name, noise
-
     def ask(self, key, turn):
         style, memory = STYLES[self.name]
         wronged, lost = False in turn.view["past"][::-1][:memory], self.noise and self.rngs[key].random() < self.noise

@@ -1,8 +1,7 @@
 """Returns, advantages, the three credits and the policy loss: pure functions of tensors; and the scoring pass of the update.
 
 Axes: B games (rows), T rounds, N sampled tokens. Rows of different length are padded with zeros and a mask. Symbols follow
-arXiv 2511.19405 (Advantage Alignment with a group-relative baseline); each formula stands in its function's docstring.
-"""
+arXiv 2511.19405 (Advantage Alignment with a group-relative baseline); each formula stands in its function's docstring."""
 import functools, os
 from collections import namedtuple
 
@@ -21,7 +20,6 @@ def returns_to_go(rewards, gamma):
 
 def advantages(G, group, mask):
     """A[b,t] = G[b,t] - mean of G[b',t] over the other rows b' of the group: leave one out, no standard deviation.
-
     G [B, T] returns-to-go, group [B] int (rows with the same number share a baseline), mask [B, T] 1 where round t was
     played -> [B, T]; zero where not played, and where no other row of the group played round t."""
     same = (group[:, None] == group[None, :]).to(G.dtype)
@@ -35,7 +33,6 @@ def credits(algo, A_own, A_other, gamma, beta):
     naive  c = A_own                    each for itself
     sum    c = A_own + A_other          cooperative baseline: everyone maximises the joint score
     aa     c[t] = A_own[t] + beta gamma sum over k < t of gamma^(t-k) A_own[k] A_other[t]      (Advantage Alignment)
-
     The second term of aa favours what is good for the other after rounds that went well for oneself: reciprocity.
     ValueError for another name."""
     past = torch.zeros_like(A_own)  # sum over k < t of gamma^(t-k) A_own[k]
@@ -48,7 +45,6 @@ def credits(algo, A_own, A_other, gamma, beta):
 
 def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_coef, cut=2.):
     """-sum w c log p / N - entropy_coef H + kl_coef KL, over one micro-batch of n tokens.
-
     logp, entropy, kl [n] under the weights being trained, logp_play and credit [n] from the rollout. `total` is N, the
     sampled tokens of the whole batch, so that summing over micro-batches gives the same gradient however they are cut.
     w = min(p / p_play, cut), detached, is the truncated importance weight. Returns (scalar loss, ratios p / p_play [n])."""
@@ -62,7 +58,6 @@ class OpeningCache(Cache):
     def __init__(self, opening=()):
         super().__init__(layers=[])
         self.opening, self.kept = opening, {}
-
     def update(self, k, v, layer, *args, **kwargs):
         if layer in self.opening:
             return [torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(self.opening[layer], (k, v))]
@@ -83,7 +78,6 @@ MicroBatch = namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # 
 
 def score(llm, episodes, budget, reference=False, adapter="default"):
     """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (padding counted), longest first.
-
     The opening that all rows share is one row of every micro-batch, with its gradient: its keys and values are expanded to all
     rows, so a long prompt costs little. `reference` asks for the KL to the model without adapter."""
     order = sorted((b for b, e in enumerate(episodes) if e.at), key=lambda b: -len(episodes[b].ids))

@@ -2,8 +2,7 @@
 
 Ids in, ids out: what was sampled is stored as ids and never tokenized again. A choice is sampled on a trie over the legal
 replies; what all of them share is written, not sampled. Every token of a conversation goes through the model once.
-Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary.
-"""
+Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary."""
 import collections, concurrent.futures, contextlib, functools, inspect, itertools, logging, os, warnings
 from dataclasses import dataclass, field
 
@@ -38,7 +37,6 @@ class PlayCache(Cache):
     def __init__(self, B):
         super().__init__(layers=[])
         self.B, self.kept = B, {}
-
     def update(self, k, v, layer, *args, **kwargs):
         kv = self.kept.get(layer, k.new_zeros(2, self.B, k.shape[1], 0, k.shape[3]))
         if kv.shape[3] < self.columns:
@@ -71,13 +69,11 @@ class LLM:
         config.base_model_name_or_path, config.target_modules = name, sorted(config.target_modules)  # a set has no fixed order
         for layer in self.decoder.layers:
             layer.forward = functools.partial(self.layer_forward, layer.forward)
-
     def layer_forward(self, forward, *args, **kwargs):
         """A decoder layer, under gradient checkpointing where `checkpointing` asks for it."""
         if self.checkpointing and torch.is_grad_enabled():
             forward = functools.partial(checkpoint, forward, use_reentrant=False)
         return forward(*args, **kwargs)
-
     @contextlib.contextmanager
     def using(self, adapter):
         """Run under the adapter of that name, None for the model without any."""
@@ -87,7 +83,6 @@ class LLM:
             yield
         if adapter not in (None, "default"):
             self.model.set_adapter("default")  # the active adapter is the one that requires gradients
-
     def forward(self, rows, starts, cache):
         """Last hidden states [B, S, width] of rows of ids, padded right, whose first ids stand at `starts` (list).
         Gradient as set outside. UserError where a conversation outgrows the model."""
@@ -100,7 +95,6 @@ class LLM:
         mask = torch.arange(cache.columns, device=self.device) <= cache.positions[:, :, None]  # a column is a position
         return self.decoder(input_ids=ids, position_ids=cache.positions, attention_mask=mask[:, None], use_cache=True,
                             **{self.cache: cache}).last_hidden_state
-
     def log_probs(self, hidden, legal):
         """hidden [n, width] -> float32 log-probs [n, U] over each row's `legal` ids (as in an Episode; all choices or all
         messages), -inf elsewhere; the ids [U] of the columns, the only rows of the head computed; and a mask of the legal."""
@@ -114,14 +108,12 @@ class LLM:
             columns = torch.tensor(columns, device=self.device)
             weight, bias = weight[columns], bias if bias is None else bias[columns]
         return F.log_softmax(F.linear(hidden, weight, bias).float().masked_fill(~mask, -torch.inf), -1), columns, mask
-
     def save_adapter(self, folder, adapter="default"):
         """Write an adapter in PEFT's format, the weights replaced whole."""
         self.model.peft_config[adapter].save_pretrained(folder)
         weights = peft.get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
         safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, os.path.join(folder, "adapter.new"))
         os.replace(os.path.join(folder, "adapter.new"), os.path.join(folder, "adapter_model.safetensors"))
-
     def load_adapter(self, folder, adapter):
         """Put the adapter saved in `folder` under the name `adapter`. UserError where it is damaged or of another model."""
         try:
@@ -131,7 +123,6 @@ class LLM:
             self.model.load_adapter(folder, adapter, torch_device=str(self.device))
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise UserError(f"the adapter in {folder} is damaged ({' '.join(str(error).split())[:120]})") from error
-
     def token_budget(self):
         """Tokens per micro-batch that fit: on a GPU by free memory, checkpointing assumed, on a CPU what its caches like."""
         per_token = 2 * self.config.hidden_size * (self.config.num_hidden_layers + 60) + 4 * self.config.intermediate_size
@@ -141,13 +132,11 @@ class Policy(Player):
     """The model under one adapter (None: without any) as a player. `episodes` {(game, seat): Episode} is what it did."""
     def __init__(self, llm, adapter="default"):
         self.llm, self.adapter = llm, adapter
-
     def begin(self, seed, keys):
         super().begin(seed, keys)
         self.episodes, self.cached = {key: Episode() for key in keys}, dict.fromkeys(keys, 0)
         self.cache = PlayCache(len(keys))  # its rows in the order of first turns: who speaks together lies together
         self.row = collections.defaultdict(itertools.count().__next__)  # {key: number of its row}
-
     @torch.no_grad()
     def reply(self, keys, turns):
         """Sampled replies (list of str) to `turns`, all conversations in one batch until the last has finished."""
@@ -157,7 +146,6 @@ class Policy(Player):
             while going := {key: step for key, step in steps.items() if not isinstance(step, str)}:
                 steps |= {key: talks[key].send(token) for key, token in self._sample(going).items()}
         return [steps[key] for key in keys]
-
     def _say(self, e, turn):
         """Write `turn` and a reply to it into the episode `e`: a generator that yields the legal ids of a token to be sampled
         (None: a message's), is sent (id, log-prob), and at last yields the reply."""
@@ -175,7 +163,6 @@ class Policy(Player):
             e.ids.append(i)
             node = node and node[i]
         yield node or self.llm.tokenizer.decode(e.ids[start:-1])
-
     def _sample(self, legal):
         """A token for every conversation of `legal` {key: legal ids}: {key: (id, log-prob)}."""
         logp, columns, _ = self.llm.log_probs(self._feed(list(legal)), list(legal.values()))
@@ -183,7 +170,6 @@ class Policy(Player):
         u = torch.tensor([[self.rngs[key].random(dtype=np.float32)] for key in legal], dtype=torch.float64)
         pick = torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # strictly above u: never a column of mass 0
         return dict(zip(legal, zip(columns[pick[:, 0]].tolist(), logp.gather(1, pick)[:, 0].tolist())))
-
     def _feed(self, keys, stop=None):
         """Put the ids of the conversations (in the order of rows) up to `stop`, but for those in the cache, through the model:
         hidden state [n, width] of each one's last. The first row reads its opening alone, the others copy what they share."""
@@ -209,21 +195,17 @@ class Api(Player):
     def __init__(self, model):
         try:
             import openai
-        except ImportError:
-            raise UserError("an api: agent needs the openai package; pip install openai") from None
-        if not os.environ.get("OPENAI_API_KEY"):
-            raise UserError("an api: agent needs a key; set OPENAI_API_KEY (and OPENAI_BASE_URL for another server)")
-        self.model, self.invalid, self.openai, self.client = model, [], openai, openai.OpenAI(max_retries=3, timeout=30)
-
+            self.client = openai.OpenAI(max_retries=3, timeout=30)  # which backs off before it tries again
+        except Exception as error:  # no package, or no key
+            raise UserError(f"an api: agent needs pip install openai, and OPENAI_API_KEY to be set ({error})") from None
+        self.model, self.invalid, self.openai = model, [], openai
     def begin(self, seed, keys):
         super().begin(seed, keys)
         self.chats = {key: [] for key in keys}
-
     def reply(self, keys, turns):
         """Replies (list of str) to `turns`, asked for at the same time. UserError where the server refuses key or model."""
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             return list(pool.map(self.ask, keys, turns))
-
     def ask(self, key, turn):
         chat = [*self.chats[key], {"role": "user", "content": turn.text}]
         try:
@@ -264,12 +246,10 @@ def find_agent(name, game, llm):
     of a run or an adapter, to be loaded on `llm`. Raises UserError where there is none of that name."""
     if name in players(game):
         return Scripted(name)
-    if name == "human":
-        return Human()
     if name.startswith("api:"):
         return Api(name[4:])
-    if name == "base":
-        return Policy(llm, None)
+    if name in ("human", "base"):
+        return Human() if name == "human" else Policy(llm, None)
     folder = os.path.join(name, "adapter") if os.path.isdir(os.path.join(name, "adapter")) else name
     if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")):
         raise UserError(f"no agent is called {name}; give a run's folder, base, human, api:MODEL or {', '.join(players(game))}")

@@ -2,8 +2,7 @@
 
 It stands where an instruct model would: warmed up by behaviour cloning on games between scripted players, it knows the format
 of a game and has a mixed, mostly cooperative prior; `POPULATIONS` says what was put in. Everything after loading is the same
-code as for a real model. The chat framing, which it shares with every other model, is here too.
-"""
+code as for a real model. The chat framing, which it shares with every other model, is here too."""
 import contextlib, functools, hashlib, os, pathlib, re, tempfile
 
 import numpy as np
@@ -36,8 +35,7 @@ class Framing:
     first: all before the first user text; reply: closes a user turn and opens the assistant's; end: the end-of-turn token,
     part of the action; again: what follows it, up to the next user text; control: ids that no quoted or sampled text may hold.
     UserError where appending turns does not reproduce the template. The one exception: what only the last reply is opened with
-    (Qwen3's empty thinking block) stays in the history too, so that play and update see the same conversation.
-    """
+    (Qwen3's empty thinking block) stays in the history too, so that play and update see the same conversation."""
     def __init__(self, tokenizer):
         self.tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
         talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
@@ -57,7 +55,6 @@ class Framing:
         if (rest != [history, again] or not reply.startswith(history) or self.render(talk) != as_kept
                 or self.end not in self.control or mine != ids(as_sent)):
             raise UserError("this model's chat template does not append turns to what was there; choose another instruct model")
-
     def render(self, texts):
         """The template's text for a conversation that begins with the user and is to be answered."""
         chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
@@ -69,19 +66,17 @@ class Framing:
         except Exception as error:  # templates raise whatever they like
             why = " ".join(str(error).split())[:120]
             raise UserError(f"this model has no usable chat template ({why}); choose an instruct model") from error
-
     @functools.lru_cache(50_000)
     def encode(self, text):
         """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""
         pieces = self.tokenizer(self.inside.split(text), add_special_tokens=False).input_ids
         return [i for piece in pieces for i in piece if i not in self.control]
-
     def user(self, text, first=False):
         """Ids of a user turn and of the opening of the assistant's turn that answers it."""
         return (self.first if first else self.again) + self.encode(text.strip()) + self.reply
 
 def build_trie(replies):
-    """Nested dict {id: subtree} over [(ids, reply), ...]; a leaf is the reply. ValueError where one begins or equals another."""
+    """Nested dict {id: subtree} over [(ids, reply), ...]; a leaf is the reply. ValueError where one begins, or is, another."""
     root = {}
     for ids, reply in replies:
         node = root
