@@ -124,9 +124,9 @@ def split(rng, rounds, max_tokens=0):
 # scale: points per unit of reward; real: as published, but fewer games and a larger learning rate; tiny: what differs built in.
 Game = namedtuple("Game", "play scale real tiny")
 BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
-TINY = dict(iterations=40, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
+TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
 MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
-SPLITS = {**TINY, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 1., "entropy": .01, "kl": 0.}
+SPLITS = {**TINY, "iterations": 40, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 1., "entropy": .01, "kl": 0.}
 GAMES = {
     "ipd": Game(matrix_game((3, 3), (0, 5), (5, 0), (1, 1)), 5, *MATRIX),
     "stag_hunt": Game(matrix_game((4, 4), (0, 3), (3, 0), (3, 3)), 5, *MATRIX),

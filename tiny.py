@@ -23,7 +23,7 @@ POPULATIONS = {
     "tiny": {"matrix": [RECIPROCAL, ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .05, 10, 350)],
              "trust_split": [FAIR, RECIPROCAL,
                              ({"tit_for_tat": .2, "cooperate": .55, "defect": .05, "liar": .2}, .03, 10, 350)],
-             "split": [FAIR, RECIPROCAL, ({"tit_for_tat": .1, "cooperate": .6, "defect": .3}, .05, 10, 350)]},
+             "split": [FAIR, RECIPROCAL, ({"tit_for_tat": .2, "cooperate": .5, "defect": .3}, .05, 10, 350)]},
     "tiny-blind": {"matrix": [FAIR, ({"cooperate": .7, "defect": .3}, .05, 10, 350)]}}
 WIDTH, MLP, LAYERS, HEAD_SCALE, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 32, 3e-3, 4096, 0
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
