@@ -136,7 +136,7 @@ def plot_curves(args):
     titles = {"points": "points per round", indicator: indicator, "entropy": "entropy, nats per token"}
     for ax, (column, title) in zip(fig.subplots(1, 3), titles.items()):
         for n, members in enumerate(groups.values()):
-            lines = zip(*([line.get(column) for line in member] for member in members.values()))  # as long as the shortest
+            lines = zip(*([line.get(f"{column}_against", line.get(column)) for line in member] for member in members.values()))
             values = np.array(list(lines), dtype=float).reshape(-1, len(members))  # [iterations, seeds], nan for None
             label = os.path.basename(os.path.normpath(min(members))) + f" ({len(members)} seeds)" * (len(members) > 1)
             ax.plot(values.mean(1), ("-", "--", ":", "-.")[n % 4], color=f"C{n}", label=label)
