@@ -77,7 +77,7 @@ def token_stats(llm, hidden, reference, target, legal):
 MicroBatch = namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # each [n]; row: the index of the episode
 
 def score(llm, episodes, budget, reference=False, adapter="default"):
-    """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (the opening not counted), longest first.
+    """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (less the opening), longest first.
     The opening that all rows share is one row of every micro-batch, with its gradient: its keys and values are expanded to all
     rows, so a long prompt costs little. `reference` asks for the KL to the model without adapter."""
     order = sorted((b for b, e in enumerate(episodes) if e.at), key=lambda b: -len(episodes[b].ids))
