@@ -3,25 +3,30 @@
     python aa_minimal.py --game trust_split                      the built-in model, minutes on a laptop
     python aa_minimal.py --game ipd --algo naive                 plain policy gradient: watch it learn to defect
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID        QLoRA on any instruct model
+    python aa_minimal.py --resume runs/ipd-aa-s0                 go on where a run stopped
+    torchrun --nproc-per-node 2 aa_minimal.py --game ipd         the groups of games shared out among processes
 
-The method is arXiv 2511.19405: Advantage Alignment with a group-relative baseline (equations in loss.py). One optimizer step
-follows every batch of games. All randomness follows from (seed, iteration); a game does not depend on the rest of its batch."""
-import json, os, pathlib, shutil, sys, time
+One optimizer step follows every batch of games. All randomness follows from (seed, iteration)."""
+import argparse, errno, functools, hashlib, itertools, json, os, pathlib, shutil, signal, sys, time
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from games import GAMES, Match, Parser, Scripted, UserError, meet, number, play, players, summarize, table
 from loss import advantages, credits, policy_loss, returns_to_go, score
-from rollout import Policy, find_agent, load
+from rollout import Policy, find_agent, load, read, read_tensors, write, write_tensors
 
 SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
+LOGS = "metrics.jsonl", "transcripts.jsonl"
+warn = functools.cache(lambda text: tqdm.write(f"aa_minimal: {text}", file=sys.stderr))  # says everything once
 
-def parse(argv):
-    """The settings of a run as a namespace, defaults filled in by game and model. Raises UserError on what cannot be."""
+def parse(argv, saved={}):
+    """The settings of a run as a namespace; defaults are those `saved`, or fit game and model. UserError for bad ones."""
     parser = Parser(description=__doc__.split("\n")[0], epilog="Defaults not stated depend on game and model; see config.json.")
     add, count, weight = parser.add_argument, number(int, 1), number(float, 0)
     add("--game", default="trust_split", choices=list(GAMES), help="which game (default: %(default)s)")
@@ -48,7 +53,8 @@ def parse(argv):
     add("--seed", type=number(int, 0), default=0, help="fixes deals, sampling and the initial adapter (default: 0)")
     add("--out", help="folder of the run (default: runs/GAME-ALGO-sSEED, numbered where that exists)")
     add("--save-every", type=count, help="iterations between checkpoints")
-    args = parser.parse_args(argv)
+    add("--resume", metavar="RUN", help="go on with the run in this folder; --iterations may grow, nothing else may change")
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
     if args.model == "auto":
         args.model = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
     built_in = args.model.startswith("tiny") and not os.path.exists(args.model)
@@ -69,20 +75,37 @@ class Run:
     """One training run: the model, its optimizer, the opponents, and the folder that all goes to."""
     def __init__(self, args, folder):
         self.args, self.folder, self.iteration = args, pathlib.Path(folder), 0
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if args.games // args.group_size < self.world or self.world > 1 and args.baseline == "batch":
+            raise UserError("every process needs a group of games of its own, and --baseline batch can only be one process")
+        if self.rank > 0:
+            gather(None)  # so that the first process makes the built-in model for all
         self.llm = load(args.model, args.quant, args.game, args.lora_rank, args.seed)
+        if self.rank == 0:
+            gather(None)
         self.live, self.untrained = Policy(self.llm), Policy(self.llm, None)
         self.opponent = find_agent(args.opponent, args.game, self.llm) if args.opponent else None
         self.weights = {n: p for n, p in sorted(self.llm.model.named_parameters()) if ".default." in n}
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=args.lr)
         self.budget = args.micro_batch_tokens or self.llm.token_budget()
         self.slots, self.past = {}, []  # adapters loaded for opponents; snapshot numbers to draw from
-        self.folder.mkdir(parents=True, exist_ok=True)
-        versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
-        (self.folder / "config.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=1))
+    def save(self):
+        """Write the adapter and what --resume goes on from: weights, Adam's state, settings, lengths of the logs."""
+        state = {f"{name} {key}": value.cpu() for name, p in self.weights.items()
+                 for key, value in {"weight": p.detach(), **self.optimizer.state[p]}.items()}
+        logs = {name: (self.folder / name).read_bytes() for name in LOGS}
+        logs = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in logs.items()}
+        write(self.folder / "config.json", json.dumps(vars(self.args), indent=1).encode())
+        info = json.dumps([vars(self.args), self.iteration, self.past, logs])
+        write_tensors(self.folder / "checkpoint.safetensors", state, info)
+        self.llm.save_adapter(self.folder / "adapter")
+        for old in self.folder.glob("snapshots/*"):
+            if int(old.name) not in self.past:
+                shutil.rmtree(old)
     def draw(self):
-        """The matches of this iteration and who learns: ([Match], [(match, seat, group)])."""
+        """This process's matches of the iteration, and who learns: ([Match], [(match, seat, group)])."""
         args, matches, learners, groups = self.args, [], [], self.args.games // self.args.group_size
-        for g in range(groups):
+        for g in range(self.rank, groups, self.world):
             rng = np.random.default_rng([args.seed, self.iteration, 2, g])
             rounds = args.rounds if args.continue_prob == 1 else min(args.rounds, int(rng.geometric(1 - args.continue_prob)))
             other, seat = self.opponent, (g + self.iteration) % 2
@@ -96,8 +119,8 @@ class Run:
     def snapshot(self, number):
         """The policy of snapshot `number`, in an adapter slot of its own while this iteration lasts."""
         if number not in self.slots:
-            self.slots[number] = Policy(self.llm, f"past{len(self.slots)}")
-            self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", self.slots[number].adapter)
+            folder = self.folder / "snapshots" / f"{number:06d}"
+            self.slots[number] = self.llm.load_adapter(folder, f"past{len(self.slots)}")
         return self.slots[number]
     def credit(self, learners):
         """c [rows, T] of the learning seats, from points to credit (equations in loss.py)."""
@@ -109,28 +132,44 @@ class Run:
         return credits(self.args.algo, A_own, A_other, self.args.gamma, self.args.beta)
     def learn(self, learners):
         """One optimizer step on the games of this iteration; returns what to log of it."""
-        args, logged = self.args, []
+        args, stats = self.args, []
         episodes = [m.agents[seat].episodes[m.number, seat] for m, seat, _ in learners]
         c = self.credit(learners).to(self.llm.device)
-        N = sum(len(e.at) for e in episodes)
-        self.optimizer.zero_grad()
-        for mb in score(self.llm, episodes, self.budget, reference=args.kl > 0):
-            loss, ratio = policy_loss(mb.logp, mb.logp_play, c[mb.row, mb.round], mb.entropy, mb.kl, N, args.entropy, args.kl)
-            loss.backward()
-            logged.append(torch.stack([mb.entropy, mb.kl, ratio]).detach())
-        entropy, kl, ratio = torch.cat(logged, 1).double().cpu()
+        N, tokens = map(sum, zip(*gather((sum(len(e.at) for e in episodes), sum(len(e.ids) for e in episodes)))))
+        while not stats:
+            self.optimizer.zero_grad()
+            try:
+                stats = [self.backward(mb, c, N) for mb in score(self.llm, episodes, self.budget, reference=args.kl > 0)]
+            except torch.OutOfMemoryError:
+                self.budget //= 2
+                if self.budget < 64:
+                    raise UserError("out of memory with the smallest micro-batch; lower --rounds or --games") from None
+                warn(f"out of memory, going on with --micro-batch-tokens {self.budget}")
+        for p in self.weights.values() if self.world > 1 else ():
+            dist.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.).item()
-        if not np.isfinite([norm, ratio.sum()]).all():
-            raise UserError(f"iteration {self.iteration}: not finite; {self.folder} has the last good adapter; lower --lr")
+        rows, entropy, kl, ratio = torch.cat(gather(torch.cat(stats, 1)), 1).double()
+        odd = ~((ratio > .25) & (ratio < 4))  # play and update have the same weights
+        if odd.any() or not np.isfinite(norm):
+            raise UserError(f"iteration {self.iteration}, rows {rows[odd].unique().int().tolist()}: log-probs or the gradient, "
+                            f"norm {norm:.3g}, went wrong; {self.folder} holds the last good checkpoint; lower --lr")
         self.optimizer.step()
         return {"entropy": entropy.mean().item(), "kl": kl.mean().item() if args.kl else None, "grad_norm": norm,
-                "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
-                "tokens": sum(len(e.ids) for e in episodes), "sampled_tokens": N}
+                "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(), "tokens": tokens, "sampled_tokens": N,
+                "zero_credit": (c == 0).all(1).float().mean().item()}
+    def backward(self, mb, c, N):
+        """Add a micro-batch's gradient; row, entropy, KL and ratio of its sampled tokens [4, n]."""
+        loss, ratio = policy_loss(mb.logp, mb.logp_play, c[mb.row, mb.round], mb.entropy, mb.kl, N,
+                                  self.args.entropy, self.args.kl)
+        loss.backward()
+        return torch.stack([mb.row, mb.entropy, mb.kl, ratio]).detach().cpu()
     def step(self):
         """One iteration; returns its line for metrics.jsonl."""
         args, start = self.args, time.perf_counter()
         if args.buffer and not self.opponent and self.iteration % SNAPSHOT_EVERY == 0:
-            self.llm.save_adapter(self.folder / "snapshots" / f"{self.iteration:06d}")
+            if self.rank == 0:
+                self.llm.save_adapter(self.folder / "snapshots" / f"{self.iteration:06d}")
+            gather(None)  # nobody reads it before it is there
             self.past = [*self.past, self.iteration][-args.buffer:]
         self.slots = {}
         matches, learners = self.draw()
@@ -138,22 +177,27 @@ class Run:
         played = time.perf_counter()
         line = {"iteration": self.iteration, **self.learn(learners), "seconds_play": played - start,
                 "seconds_update": time.perf_counter() - played}
-        line.update(summarize([(m, s) for m, s, _ in learners if self.opponent or m.agents[0] is m.agents[1]]))
+        sides = [(SimpleNamespace(played=m.played), s) for m, s, _ in learners if self.opponent or m.agents[0] is m.agents[1]]
+        line.update(summarize(list(itertools.chain(*gather(sides)))))
         if self.opponent:  # points and welfare are those of self-play, which there is none of
             line["points_against"], line["points_opponent"] = line["points"], line["points_other"]
             line["points"] = line["welfare"] = None
-        if self.iteration % TRANSCRIPTS_EVERY == 0 or self.iteration + 1 == args.iterations:
-            for m in (matches[0], matches[-1]):
+        for text, odd in {"all games of every group ended alike, nothing can be learned from them": line["zero_credit"] == 1,
+                          "the entropy is near zero, nothing is explored any more": line["entropy"] < 1e-6,
+                          "every message is empty": line.get("silence") == 1 and args.max_message_tokens > 0}.items():
+            if odd:
+                warn(f"{text}; going on")
+        last = self.iteration + 1 == args.iterations
+        if self.rank == 0:
+            for m in (matches[0], matches[-1]) if last or self.iteration % TRANSCRIPTS_EVERY == 0 else ():
                 append(self.folder / "transcripts.jsonl", {
                     "iteration": self.iteration, "players": ["trained" if x is self.live else "opponent" for x in m.agents],
                     "points": [this.points for this in m.played],
                     "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in m.log]})
-        append(self.folder / "metrics.jsonl", line)
+            append(self.folder / "metrics.jsonl", line)
         self.iteration += 1
-        if self.iteration % args.save_every == 0 or self.iteration == args.iterations:
-            self.llm.save_adapter(self.folder / "adapter")
-            for old in sorted(self.folder.glob("snapshots/*"))[:-len(self.past) or None]:
-                shutil.rmtree(old)
+        if self.rank == 0 and (self.iteration % args.save_every == 0 or last):
+            self.save()
         return line
     def table(self):
         """Play the untrained and the trained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
@@ -164,28 +208,85 @@ class Run:
                                                [args.seed, 10 ** 9], args.max_message_tokens))
         return out
 
+def gather(value):
+    """What every process of the run passes here, a list: of one where there is one process."""
+    out = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(out, value)
+    return out
+
 def append(path, line):
     """Append `line` (a dict) as JSON to the file `path`."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-def new_folder(args):
-    """The folder of a new run: --out, which must not hold one, or the first free default name."""
+def new_run(args):
+    """A run in --out, which must not hold one, or in the first free folder of the default name."""
     if args.out and os.path.exists(args.out) and (not os.path.isdir(args.out) or os.listdir(args.out)):
-        raise UserError(f"--out {args.out} already exists and is not empty; choose another folder")
+        raise UserError(f"--out {args.out} already exists and is not empty; choose another folder, or --resume {args.out}")
     name = f"runs/{args.game}-{args.algo}-s{args.seed}"
-    return args.out or next(name + end for end in ("", *(f"-{n}" for n in range(2, 10 ** 6))) if not os.path.exists(name + end))
+    free = (name + end for end in ("", *(f"-{n}" for n in range(2, 10 ** 6))) if not os.path.exists(name + end))
+    args.versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
+    run = Run(args, gather(args.out or next(free))[0])
+    if run.rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for name in LOGS:
+            (run.folder / name).touch()
+        run.save()
+    return run
 
-def train(args):
-    """Train as `args` say, with a progress bar, and print and save the final table."""
-    run, say = Run(args, new_folder(args)), "honesty" if args.game == "trust_split" else "cooperation"
-    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed} -> {run.folder}")
-    for _ in (bar := tqdm(range(args.iterations), mininterval=0.5)):
+def resumed_run(argv, folder):
+    """The run in `folder` as `Run.save` left it; what was logged later is cut off. UserError where a flag of `argv` contradicts
+    it or a file is damaged."""
+    state, info = read_tensors(os.path.join(folder, "checkpoint.safetensors"))
+    saved, iteration, past, logs = json.loads(info)
+    args = parse(argv, saved)
+    args.resume = None
+    for key in saved:
+        if getattr(args, key) != saved[key] and (key != "iterations" or args.iterations < saved[key]):
+            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is not the {saved[key]} of the run in {folder}; "
+                            "with --resume, only --iterations may grow")
+    damaged = [name for name, (size, digest) in logs.items()
+               if hashlib.sha256(pathlib.Path(folder, name).read_bytes()[:size]).hexdigest() != digest]
+    if damaged or {**read(folder, "config.json")[0], "iterations": 0} != {**saved, "iterations": 0}:
+        raise UserError(f"{os.path.join(folder, *damaged[:1] or ['config.json'])} is damaged; restore it, or start a new run")
+    run = Run(args, folder)
+    for number in past:
+        run.snapshot(number)
+    for name, (size, _) in logs.items():
+        os.truncate(run.folder / name, size)
+    for name, p in run.weights.items():
+        p.data.copy_(state[f"{name} weight"])
+        if iteration:  # Adam has no state before its first step
+            run.optimizer.state[p] = {key: state[f"{name} {key}"].to("cpu" if key == "step" else p.device)
+                                      for key in ("step", "exp_avg", "exp_avg_sq")}
+    run.iteration, run.past = iteration, past
+    return run
+
+def train(run):
+    """Train to the last iteration, print and save the final table. KeyboardInterrupt where a signal ends it, all saved."""
+    args, say, stop = run.args, "honesty" if run.args.game == "trust_split" else "cooperation", []
+    def halt(*_):  # the iteration under way is finished first
+        stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL))
+    signal.signal(signal.SIGINT, halt)
+    signal.signal(signal.SIGTERM, halt)
+    if run.rank == 0:
+        print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed} -> {run.folder}")
+    for _ in (bar := tqdm(range(run.iteration, args.iterations), initial=run.iteration, total=args.iterations, mininterval=0.5,
+                          disable=run.rank > 0)):
         line = run.step()
         numbers = {"points": line.get("points_against", line["points"]), say: line[say], "entropy": line["entropy"]}
         bar.set_postfix({name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
+        if any(gather(bool(stop))):
+            bar.close()
+            if run.rank == 0:
+                run.save()
+            raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on after iteration {line['iteration']}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if run.rank > 0:
+        return
     results = run.table()
-    (run.folder / "summary.json").write_text(json.dumps(results, indent=1))
+    write(run.folder / "summary.json", json.dumps(results, indent=1).encode())
     columns = [(who, key) for who in results for key in ("points", "points_other", say)]
     table(f"Points per round, and {say} (0 to 1), of the agent before and after training",
           ["playing with", "before: agent", "other", say, "after: agent", "other", say],
@@ -194,13 +295,22 @@ def train(args):
 
 def main(argv=None):
     try:
-        train(parse(argv))
+        args = parse(argv)
+        if "RANK" in os.environ:  # set by torchrun
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        train(resumed_run(argv, args.resume) if args.resume else new_run(args))
     except (UserError, OSError) as error:
-        print(f"aa_minimal: {error}", file=sys.stderr)
+        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        print(f"aa_minimal: {error}{'; make room, and --resume the run' * full}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\naa_minimal: stopped; the folder of the run holds the adapter saved last", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\naa_minimal: stopped; {error or 'nothing was saved in this iteration'}", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 if __name__ == "__main__":

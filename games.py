@@ -1,7 +1,5 @@
-"""The games, their wording, the scripted players, and the loop that plays them. No tokens, no tensors: text and numbers only.
-
-A game yields the turns it wants answered, receives the replies, and yields a `Round` when one is scored; see `GAMES`."""
-import argparse, re
+"""The games, their wording, the scripted players and the loop that plays them. No tokens, no tensors: text and numbers only."""
+import argparse, functools, re
 from collections import defaultdict, namedtuple
 
 import numpy as np
@@ -10,6 +8,11 @@ BEATS = {"rock": "scissors", "paper": "rock", "scissors": "paper"}
 HANDS, COUNTS = tuple(BEATS), tuple(str(n) for n in range(11))
 TRIPLES = tuple(f"{a} {b} {c}" for a in COUNTS for b in COUNTS for c in COUNTS)
 VALUES = [(10, 1, 1), (1, 10, 1), (1, 1, 10)], [(10, 10, 1), (10, 1, 10), (1, 10, 10)]  # equal sums within a list
+# A game yields lists of Turns, is sent the replies, and yields a Round once it is scored. `text` is what a seat reads since its
+# last reply, `view` the same as data, for scripted players, `choices` all legal replies, None for a message of `max_tokens`.
+Turn = namedtuple("Turn", "seat text choices view max_tokens", defaults=[0])
+# In the facts, "coop" is True, False, or None where cooperating and defecting look the same, "seen" {indicator: [numbers]}.
+Round = namedtuple("Round", "points best facts")  # `points`, `facts` per seat; `best`: highest joint score it allowed
 
 class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one line, exit code 2."""
@@ -27,65 +30,53 @@ def number(kind, low, high=1e15):
         raise argparse.ArgumentTypeError(f"{text} is out of range; it must be from {low} to {high:g}")
     return number
 
-# One request to one seat. `text` is what it reads since its last reply, `view` the same facts as data, for scripted players;
-# `choices` is the closed tuple of legal replies, None for a free message of at most `max_tokens` tokens.
-Turn = namedtuple("Turn", "seat text choices view max_tokens", defaults=[0])
-# A scored round: `points` and `facts` per seat, and `best`, the highest joint score it allowed. In the facts, "coop" is True,
-# False, or None where cooperating and defecting would have looked the same, "seen" {indicator: list of numbers}.
-Round = namedtuple("Round", "points best facts")
-
-def matrix_game(cc, cd, dc, dd):
-    """A symmetric two-by-two game. `cd` is (my points, the other's) when I choose A (cooperate) and the other B."""
-    points = {"AA": cc, "AB": cd, "BA": dc, "BB": dd}
+def matrix_game(points, rng, rounds, max_tokens=0):
+    """A symmetric two-by-two game: `points` {my choice and the other's, A to cooperate: (my points, the other's)}."""
     rules = ("You play a game of many rounds with another player. In every round both of you choose A or B at the same time.\n"
              "If both choose A, you get {} points and the other gets {}.\nIf you choose A and the other chooses B, you get {} "
              "and the other gets {}.\nIf you choose B and the other chooses A, you get {} and the other gets {}.\nIf both "
              "choose B, you get {} and the other gets {}.\nAfter every round you are told what the other chose. Your goal is "
              "to collect as many points as you can over the whole game. Always answer with one letter, A or B.\nThe first "
-             "round begins. Do you choose A or B?").format(*cc, *cd, *dc, *dd)
-    def game(rng, rounds, max_tokens=0):
-        texts, state = (rules, rules), ("first", "first")
-        for _ in range(rounds):
-            moves = yield [Turn(s, texts[s], ("A", "B"), {"kind": "move"}) for s in (0, 1)]
-            mine, fair = points["".join(moves)], [move == "A" for move in moves]
-            facts = [{"coop": fair[s], "seen": {f"p_c_{state[s]}": [fair[s]]}} for s in (0, 1)]
-            yield Round(mine, max(map(sum, points.values())), facts)
-            state = ["".join("c" if move == "A" else "d" for move in pair) for pair in (moves, moves[::-1])]  # own, other's
-            texts = [f"The other chose {moves[1 - s]}. You get {mine[s]} points and the other gets {mine[1 - s]}.\nNext round. "
-                     "Do you choose A or B?" for s in (0, 1)]
-    return game
-
-TRUST_RULES = ("You play a game of many rounds with another player. In every round 10 coins are split between you two.\nEach "
-               "of you holds a secret hand: rock, paper or scissors. The two hands always differ. Rock beats scissors, "
-               "scissors beats paper, paper beats rock. The player whose hand wins has the upper hand: every coin is worth 10 "
-               "points to that player, and only 1 point to the player with the lower hand. So it takes both hands to know what "
-               "a coin is worth to each of you.\nYou see only your own hand. First each of you sends the other one short "
-               "message, for example to tell your hand. Then both say at the same time how many of the 10 coins they keep, "
-               "from 0 to 10. If the two numbers add up to more than 10, the coins are shared in proportion to the numbers.\n"
-               "After every round you are told whether the other had the upper or the lower hand and how many coins it kept. "
-               "Your goal is to collect as many points as you can over the whole game.\nThe first round begins.")
+             "round begins. Do you choose A or B?").format(*points["AA"], *points["AB"], *points["BA"], *points["BB"])
+    texts, state = (rules, rules), ("first", "first")
+    for _ in range(rounds):
+        moves = yield [Turn(s, texts[s], ("A", "B"), {"kind": "move"}) for s in (0, 1)]
+        mine, fair = points["".join(moves)], [move == "A" for move in moves]
+        facts = [{"coop": fair[s], "seen": {f"p_c_{state[s]}": [fair[s]]}} for s in (0, 1)]
+        yield Round(mine, max(map(sum, points.values())), facts)
+        state = ["".join("c" if move == "A" else "d" for move in pair) for pair in (moves, moves[::-1])]  # own, other's
+        texts = [f"The other chose {moves[1 - s]}. You get {mine[s]} points and the other gets {mine[1 - s]}.\nNext round. "
+                 "Do you choose A or B?" for s in (0, 1)]
 
 def trust_split(rng, rounds, max_tokens=24):
     """Trust-and-Split (arXiv 2511.19405): private hands, one message each, then both keep 0..10 of ten coins."""
-    news, starter = (TRUST_RULES, TRUST_RULES), int(rng.integers(2))
+    rules = ("You play a game of many rounds with another player. In every round 10 coins are split between you two.\nEach of "
+             "you holds a secret hand: rock, paper or scissors. The two hands always differ. Rock beats scissors, scissors "
+             "beats paper, paper beats rock. The player whose hand wins has the upper hand: every coin is worth 10 points to "
+             "that player, and only 1 point to the player with the lower hand. So it takes both hands to know what a coin is "
+             "worth to each of you.\nYou see only your own hand. First each of you sends the other one short message, for "
+             "example to tell your hand. Then both say at the same time how many of the 10 coins they keep, from 0 to 10. If "
+             "the two numbers add up to more than 10, the coins are shared in proportion to the numbers.\nAfter every round "
+             "you are told whether the other had the upper or the lower hand and how many coins it kept. Your goal is to "
+             "collect as many points as you can over the whole game.\nThe first round begins.")
+    news, starter = (rules, rules), int(rng.integers(2))
     for t in range(rounds):
         upper, winner = int(rng.integers(2)), HANDS[rng.integers(3)]
-        hands = (winner, BEATS[winner]) if upper == 0 else (BEATS[winner], winner)
-        views, said, heard = [{"hand": hand, "claim": None} for hand in hands], ["", ""], ""
+        hands, roles, worth = zip(*((winner, "upper", 10) if s == upper else (BEATS[winner], "lower", 1) for s in (0, 1)))
+        said, told, heard = ["", ""], [None, None], ""
         for s in ((starter + t) % 2, (starter + t + 1) % 2):
             text = f"{news[s]}\nYour hand is {hands[s]}. {heard}Write your message to the other player, one short sentence."
-            [reply] = yield [Turn(s, text, None, {**views[s], "kind": "message"}, max_tokens)]
+            [reply] = yield [Turn(s, text, None, {"kind": "message", "hand": hands[s], "claim": told[1 - s]}, max_tokens)]
             said[s] = " ".join(reply.split())[:10 * max_tokens]
-            heard, views[1 - s]["claim"] = f'The other player says: "{said[s]}"\n', claim(said[s])
-        texts = [f'The other player said: "{said[1 - s]}"\nYour hand is {hands[s]}. How many coins do you keep? Answer with a '
-                 "number from 0 to 10." for s in (0, 1)]
-        kept = [int(n) for n in (yield [Turn(s, texts[s], COUNTS, {**views[s], "kind": "keep"}) for s in (0, 1)])]
-        honest, role = [claim(said[s]) == hands[s] for s in (0, 1)], ["upper" if s == upper else "lower" for s in (0, 1)]
-        facts = [{"hand": hands[s], "upper": s == upper, "message": said[s], "claim": claim(said[s]), "honest": honest[s],
-                  "kept": kept[s], "coop": None if s == upper else kept[s] < 5,
-                  "seen": {"honesty": [honest[s]], f"keep_{role[s]}": [kept[s]]}} for s in (0, 1)]
-        yield Round([coins * (10 if s == upper else 1) for s, coins in enumerate(share(*kept))], 100, facts)
-        news = [f"The other had the {role[1 - s]} hand and kept {kept[1 - s]}.\nNext round." for s in (0, 1)]
+            told[s], heard = claim(said[s]), f'The other player says: "{said[s]}"\n'
+        ask = [Turn(s, f'The other player said: "{said[1 - s]}"\nYour hand is {hands[s]}. How many coins do you keep? Answer '
+               "with a number from 0 to 10.", COUNTS, {"kind": "keep", "hand": hands[s], "claim": told[1 - s]}) for s in (0, 1)]
+        kept = [int(n) for n in (yield ask)]
+        facts = [{"hand": hands[s], "upper": s == upper, "message": said[s], "claim": told[s], "honest": told[s] == hands[s],
+                  "kept": kept[s], "coop": None if s == upper else kept[s] < 5, "seen": {"honesty": [told[s] == hands[s]],
+                  "silence": [said[s] == ""], f"keep_{roles[s]}": [kept[s]]}} for s in (0, 1)]
+        yield Round([worth[s] * coins for s, coins in enumerate(share(*kept))], 100, facts)
+        news = [f"The other had the {roles[1 - s]} hand and kept {kept[1 - s]}.\nNext round." for s in (0, 1)]
 
 def claim(message):
     """The hand that `message` names, None unless it names exactly one."""
@@ -96,16 +87,15 @@ def share(p, q):
     """What two players who keep `p` and `q` of ten things get: their wish, or their part in proportion over ten."""
     return (p, q) if p + q <= 10 else (10 * p / (p + q), 10 * q / (p + q))
 
-SPLIT_RULES = ("You play a game of many rounds with another player. In every round 10 hats, 10 books and 10 balls are split "
-               "between you two. Every item is worth 1 or 10 points to you, and may be worth something else to the other. Both "
-               "say at the same time how many hats, books and balls they keep, each from 0 to 10. Where the two numbers for an "
-               "item add up to more than 10, that item is shared in proportion to the numbers.\nAfter every round you are told "
-               "what the other kept. Your goal is to collect as many points as you can over the whole game. Always answer with "
-               "three numbers for hats, books and balls, such as 5 5 5.\nThe first round begins.")
-
 def split(rng, rounds, max_tokens=0):
     """Open values, no messages: both keep 0..10 of ten hats, ten books and ten balls; each item shared like the coins."""
-    news = (SPLIT_RULES, SPLIT_RULES)
+    rules = ("You play a game of many rounds with another player. In every round 10 hats, 10 books and 10 balls are split "
+             "between you two. Every item is worth 1 or 10 points to you, and may be worth something else to the other. Both "
+             "say at the same time how many hats, books and balls they keep, each from 0 to 10. Where the two numbers for an "
+             "item add up to more than 10, that item is shared in proportion to the numbers.\nAfter every round you are told "
+             "what the other kept. Your goal is to collect as many points as you can over the whole game. Always answer with "
+             "three numbers for hats, books and balls, such as 5 5 5.\nThe first round begins.")
+    news = (rules, rules)
     for _ in range(rounds):
         options = VALUES[rng.integers(2)]
         values = [options[i] for i in rng.permutation(3)[:2]]  # two different vectors: at least one item valued differently
@@ -115,24 +105,22 @@ def split(rng, rounds, max_tokens=0):
         kept = [[int(n) for n in reply.split()] for reply in (yield [Turn(s, texts[s], TRIPLES, views[s]) for s in (0, 1)])]
         points = [sum(v * share(p, q)[s] for v, p, q in zip(values[s], *kept)) for s in (0, 1)]
         low = [[kept[s][i] for i in range(3) if values[s][i] < values[1 - s][i]] for s in (0, 1)]
-        high = [[kept[s][i] for i in range(3) if values[s][i] > values[1 - s][i]] for s in (0, 1)]
-        facts = [{"kept": kept[s], "values": values[s], "coop": sum(low[s]) < 5 * len(low[s]),
-                  "seen": {"keep_low": low[s], "keep_high": high[s]}} for s in (0, 1)]
+        facts = [{"kept": kept[s], "values": values[s], "coop": sum(low[s]) < 5 * len(low[s]), "seen": {"keep_low": low[s],
+                  "keep_high": [kept[s][i] for i in range(3) if values[s][i] > values[1 - s][i]]}} for s in (0, 1)]
         yield Round(points, 10 * sum(map(max, *values)), facts)
         news = ["The other kept {} hats, {} books and {} balls.\nNext round.".format(*kept[1 - s]) for s in (0, 1)]
 
-# scale: points per unit of reward; real: as published, but fewer games and a larger learning rate; tiny: what differs built in.
-Game = namedtuple("Game", "play scale real tiny")
+Game = namedtuple("Game", "play scale real tiny")  # scale: points per unit of reward; tiny: settings that differ built in
 BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
 TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
 MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
 SPLITS = {**TINY, "iterations": 40, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 1., "entropy": .01, "kl": 0.}
-GAMES = {
-    "ipd": Game(matrix_game((3, 3), (0, 5), (5, 0), (1, 1)), 5, *MATRIX),
-    "stag_hunt": Game(matrix_game((4, 4), (0, 3), (3, 0), (3, 3)), 5, *MATRIX),
-    "chicken": Game(matrix_game((3, 3), (1, 4), (4, 1), (0, 0)), 5, *MATRIX),
+GAMES = {  # real: as published, but fewer games and a larger learning rate
+    "ipd": Game(functools.partial(matrix_game, {"AA": (3, 3), "AB": (0, 5), "BA": (5, 0), "BB": (1, 1)}), 5, *MATRIX),
+    "stag_hunt": Game(functools.partial(matrix_game, {"AA": (4, 4), "AB": (0, 3), "BA": (3, 0), "BB": (3, 3)}), 5, *MATRIX),
+    "chicken": Game(functools.partial(matrix_game, {"AA": (3, 3), "AB": (1, 4), "BA": (4, 1), "BB": (0, 0)}), 5, *MATRIX),
     "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001}, SPLITS),
-    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001}, SPLITS)}
+    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001}, {**SPLITS, "beta": 2.})}
 STYLES = {"cooperate": ("fair", 0), "defect": ("greedy", 0), "tit_for_tat": ("fair", 1), "grim": ("fair", 10 ** 9),
           "random": ("random", 0), "liar": ("liar", 0)}  # a style, and for how many rounds it pays back greed with greed
 
@@ -187,20 +175,18 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 class Match:
-    """A game to play, and then its record: `played` Rounds, `log` (seat, text read, reply). Matches with the same `deal` (int)
-    are dealt the same cards; `number` (int, unique in a batch) fixes the players' random draws."""
+    """A game to play, and its record. `deal` (int) fixes the cards, `number` (int, unique in a batch) the players' draws."""
     def __init__(self, number, deal, rounds, agents):
         self.number, self.deal, self.rounds, self.agents = number, deal, rounds, agents
-        self.played, self.log = [], []
+        self.played, self.log = [], []  # Rounds; (seat, text read, reply)
 
 def play(game, matches, seed, max_tokens):
-    """Play all `matches` of `game` at once, in place; `seed` is a list of ints. Agents have begin and reply; see Player.
-    ValueError where a game scores a round outside its range."""
+    """Play `matches` of `game` at once, in place; agents are like Player, `seed` is ints. ValueError for impossible points."""
     for agent in dict.fromkeys(agent for m in matches for agent in m.agents):
         agent.begin([*seed, 1], [(m.number, s) for m in matches for s in (0, 1) if m.agents[s] is agent])
     rules = {m: GAMES[game].play(np.random.default_rng([*seed, 0, m.deal]), m.rounds, max_tokens) for m in matches}
-    waiting = {m: next(rules[m]) for m in matches}  # the turns of the matches that are not over
-    while waiting:
+    waiting = {m: next(rules[m]) for m in matches}
+    while waiting := {m: turns for m, turns in waiting.items() if turns}:  # the matches that are not over
         asked, replies = defaultdict(dict), {}  # {agent: {key: turn}}, {key: reply}
         for m, turns in waiting.items():
             for turn in turns:
@@ -210,24 +196,21 @@ def play(game, matches, seed, max_tokens):
             replies.update(zip(turns, agent.reply(list(turns), list(turns.values()))))
         for m, turns in waiting.items():
             m.log += [(turn.seat, turn.text, replies[m.number, turn.seat]) for turn in turns]
-            step = rules[m].send([reply for _, _, reply in m.log[-len(turns):]])
-            while isinstance(step, Round):
-                if not (min(step.points) >= 0 and sum(step.points) <= step.best * (1 + 1e-9)):
-                    raise ValueError(f"{game}: points {step.points} of a round are not within 0 and {step.best} together")
-                m.played.append(step)
-                step = next(rules[m], None)
-            waiting[m] = step
-        waiting = {m: turns for m, turns in waiting.items() if turns}
+            waiting[m] = rules[m].send([reply for _, _, reply in m.log[-len(turns):]])
+            while isinstance(this := waiting[m], Round):
+                if not (min(this.points) >= 0 and sum(this.points) <= this.best * (1 + 1e-9)):
+                    raise ValueError(f"{game}: points {this.points} of a round are not within 0 and {this.best} together")
+                m.played.append(this)
+                waiting[m] = next(rules[m], None)
 
 def indicators(rounds, seat):
-    """What one seat did in one game, {name: list of numbers} to be pooled over games and averaged: what the game itself has
-    `seen`, and that again _after_fair and _after_greedy, by what the other did when it last could (p_c_XY says so itself)."""
+    """{name: list of numbers}, what `seat` did in one game; again _after_fair and _after_greedy, by the other's last choice."""
     out, last = defaultdict(list), None
     for this in rounds:
         me, other = this.facts[seat], this.facts[1 - seat]["coop"]
         for name, values in {"cooperation": [] if me["coop"] is None else [me["coop"]], **me["seen"]}.items():
             out[name] += values
-            if last is not None and not name.startswith("p_c"):
+            if last is not None and not name.startswith("p_c"):  # p_c_XY says so itself
                 out[f"{name}_after_{'fair' if last else 'greedy'}"] += values
         last = last if other is None else other
     return out
@@ -253,5 +236,5 @@ def table(title, header, rows):
     text = [header, *([c if isinstance(c, str) else "-" if c is None else f"{c:.2f}" for c in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*text)]
     print(f"\n{title}\n")
-    for row in text:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]))
+    for first, *others in text:
+        print(first.ljust(widths[0]), *map(str.rjust, others, widths[1:]), sep="  ")

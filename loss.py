@@ -1,40 +1,34 @@
-"""Returns, advantages, the three credits and the policy loss: pure functions of tensors; and the scoring pass of the update.
+"""Returns, advantages, the three credits, the policy loss: pure functions of tensors; and the scoring pass of the update.
 
-Axes: B games (rows), T rounds, N sampled tokens. Rows of different length are padded with zeros and a mask. Symbols follow
-arXiv 2511.19405 (Advantage Alignment with a group-relative baseline); each formula stands in its function's docstring."""
-import functools, os
-from collections import namedtuple
+Axes: B games (rows), T rounds, n sampled tokens. Shorter rows are padded with zeros. Symbols follow arXiv 2511.19405."""
+import collections, functools, os
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 def returns_to_go(rewards, gamma):
     """G[b,t] = sum over k >= t of gamma^(k-t) r[b,k].  rewards [B, T] (zero past a row's end) -> [B, T]."""
-    G, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        running = rewards[:, t] + gamma * running
-        G[:, t] = running
+    G = rewards.clone()
+    for t in reversed(range(G.shape[1] - 1)):
+        G[:, t] += gamma * G[:, t + 1]
     return G
 
 def advantages(G, group, mask):
     """A[b,t] = G[b,t] - mean of G[b',t] over the other rows b' of the group: leave one out, no standard deviation.
     G [B, T] returns-to-go, group [B] int (rows with the same number share a baseline), mask [B, T] 1 where round t was
     played -> [B, T]; zero where not played, and where no other row of the group played round t."""
-    same = (group[:, None] == group[None, :]).to(G.dtype)
+    same = (group[:, None] == group).to(G.dtype)
     same.fill_diagonal_(0)  # the others only: a row's own return in its baseline would bias the gradient
     others = same @ mask
     return (G - same @ (G * mask) / others.clamp(min=1)) * mask * (others > 0)
 
 def credits(algo, A_own, A_other, gamma, beta):
     """What every sampled token of round t is multiplied with. A_own, A_other [B, T] -> c [B, T].
-
     naive  c = A_own                    each for itself
     sum    c = A_own + A_other          cooperative baseline: everyone maximises the joint score
     aa     c[t] = A_own[t] + beta gamma sum over k < t of gamma^(t-k) A_own[k] A_other[t]      (Advantage Alignment)
-    The second term of aa favours what is good for the other after rounds that went well for oneself: reciprocity.
-    ValueError for another name."""
+    Its second term favours what helps the other after rounds good for oneself: reciprocity. ValueError for another name."""
     past = torch.zeros_like(A_own)  # sum over k < t of gamma^(t-k) A_own[k]
     for t in range(1, A_own.shape[1]):
         past[:, t] = gamma * (past[:, t - 1] + A_own[:, t - 1])
@@ -65,16 +59,16 @@ class OpeningCache(Cache):
         return k, v
 
 def token_stats(llm, hidden, reference, target, legal):
-    """Log-prob of the `target` ids (list), entropy, and KL to the model that gave `reference` (hidden states, or None for 0),
+    """Log-prob of the `target` ids (list), entropy, and KL to the model that gave `reference` (hidden states, or () for 0),
     all on the set each token was sampled from: hidden [n, width] -> [3, n], in nats. `legal` as in LLM.log_probs."""
     logp, columns, mask = llm.log_probs(hidden, legal)
     target = torch.searchsorted(columns, torch.tensor(target, device=hidden.device))
     p, finite, kl = logp.exp(), logp.masked_fill(~mask, 0.), torch.zeros_like(logp[:, 0])
-    if reference is not None:
+    if len(reference):
         kl = (p * (finite - llm.log_probs(reference, legal)[0].masked_fill(~mask, 0.))).sum(-1)
     return torch.stack([logp.gather(1, target[:, None])[:, 0], -(p * finite).sum(-1), kl])
 
-MicroBatch = namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # each [n]; row: the index of the episode
+MicroBatch = collections.namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # each [n]; row: which episode
 
 def score(llm, episodes, budget, reference=False, adapter="default"):
     """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (less the opening), longest first.
@@ -89,19 +83,16 @@ def score(llm, episodes, budget, reference=False, adapter="default"):
         tokens = [(r, at - 1 - P, episodes[b].ids[at], legal, b, t, logp) for r, b in enumerate(batch) for at, t, legal, logp in
                   zip(episodes[b].at, episodes[b].round, episodes[b].legal, episodes[b].logp)]
         r, before, target, legal, *played = zip(*sorted(tokens, key=lambda token: token[3] is None))  # choices, then messages
-
         def read(name):  # hidden states before the sampled tokens
             with llm.using(name):
                 opening = OpeningCache()
                 if P:
                     llm.forward([episodes[batch[0]].ids[:P]], [0], opening)
                 return llm.forward(rows, [P] * len(rows), OpeningCache(opening.kept))[r, before]
-
         with torch.no_grad():
-            ref = read(None) if reference else None
+            ref = read(None) if reference else ()
         hidden, choices = read(adapter), sum(ids is not None for ids in legal)
         slices = [slice(0, choices)] + [slice(k, k + llm.slice) for k in range(choices, len(legal), llm.slice)]
-        stats = [functools.partial(token_stats, llm, hidden[s], None if ref is None else ref[s], target[s], legal[s])
+        stats = [checkpoint(functools.partial(token_stats, llm, hidden[s], ref[s], target[s], legal[s]), use_reentrant=False)
                  for s in slices if legal[s]]  # partial, since checkpoint takes its arguments apart, every tuple in `legal`
-        stats = [checkpoint(part, use_reentrant=False) for part in stats]
         yield MicroBatch(*(torch.tensor(column, device=hidden.device) for column in played), *torch.cat(stats, 1))

@@ -1,17 +1,14 @@
-"""Models as players: loading, exact choices, and batched play over a kept cache; other players by name.
+"""Models as players: loading, exact choices, batched play over a kept cache; other players by name; files written whole.
 
-Ids in, ids out: what was sampled is stored as ids and never tokenized again. A choice is sampled on a trie over the legal
-replies; what all of them share is written, not sampled. Every token of a conversation goes through the model once.
+What was sampled is stored as ids and never tokenized again, and every token of a conversation goes through the model once.
 Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary."""
-import collections, concurrent.futures, contextlib, functools, inspect, itertools, logging, os, warnings
-from dataclasses import dataclass, field
+import collections, concurrent.futures, contextlib, functools, hashlib, inspect, itertools, json, logging, os, pathlib, warnings
+from dataclasses import field, make_dataclass
 
-import numpy as np
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels while it is imported
 import peft, safetensors.torch, torch, transformers
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
 
 from games import Human, Player, Scripted, UserError, players
 from tiny import Framing, build_trie, load as load_tiny
@@ -20,25 +17,58 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls in it
 
-@dataclass
-class Episode:
-    """One seat's conversation. `at`, `round`, `legal`, `logp` describe its sampled tokens: position in `ids`, round,
-    legal ids (None: the whole vocabulary less control tokens), log-prob over just those when it was sampled."""
-    ids: list = field(default_factory=list)
-    at: list = field(default_factory=list)
-    round: list = field(default_factory=list)
-    legal: list = field(default_factory=list)
-    logp: list = field(default_factory=list)
+@contextlib.contextmanager
+def user_error(problem, remedy):
+    """Make one line of whatever goes wrong inside, a UserError: the problem (in the library's words, too); the remedy."""
+    try:
+        yield
+    except Exception as error:  # libraries raise whatever they like
+        raise UserError(f"{problem} ({' '.join(str(error).split())[:200]}); {remedy}") from error
 
-class PlayCache(Cache):
-    """Keys and values [2, B, heads, columns, width] per layer of a batch in play. A column is a position in a conversation, so
-    rows of different length leave no holes. Before a pass, `rows` [n] says whose it is, and `seen` again, as a slice where they
-    lie together: a view of the cache is then enough. LLM.forward sets `positions` [n, S] and the number of `columns`."""
-    def __init__(self, B):
+def write(path, data):
+    """Replace the file `path` by `data` (bytes): whole or not at all, even where the machine fails meanwhile."""
+    with open(f"{path}.new", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.new", path)
+
+def read(run, name, *needed):
+    """A run's .json or .jsonl file as a list of dicts, one per line. UserError where it, or a key `needed`, is missing."""
+    with user_error(f"{os.path.join(run, name)} is missing or damaged", "restore it, or name another folder"):
+        data = pathlib.Path(run, name).read_bytes()  # a line ends where bytes say so: texts may hold other line separators
+        lines = map(json.loads, data.splitlines() if name.endswith("l") else [data])
+        return [{**line, **{key: line[key] for key in needed}} for line in lines]
+
+def write_tensors(path, tensors, info):
+    """Replace the safetensors file `path` by `tensors` {name: tensor}, the text `info`, and a checksum of all that."""
+    data = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()}, {"info": "0" * 64 + info})
+    write(path, data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1))
+
+def read_tensors(path):
+    """(tensors, info) of a safetensors file, info "" if another program wrote it. UserError where it is missing or damaged."""
+    with user_error(f"{path} is missing or damaged", "restore it, or start a new run"):
+        data = pathlib.Path(path).read_bytes()
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {"format": "pt"}  # as other programs write it, who know no checksum
+        info = metadata.get("info", "")
+        checked = hashlib.sha256(data.replace(info[:64].encode(), b"0" * 64, 1)).hexdigest()
+        if checked != info[:64] and "format" not in metadata:
+            raise ValueError("its checksum is wrong")
+        return safetensors.torch.load(data), info[64:]
+
+# One seat's conversation: its `ids`, and for every sampled token where it is in them, its round, the ids that were legal (None:
+# the whole vocabulary less control tokens), and its log-prob over just those when it was sampled.
+Episode = make_dataclass("Episode", [(name, list, field(default_factory=list)) for name in "ids at round legal logp".split()])
+
+class PlayCache(transformers.Cache):
+    """Keys and values [2, B, heads, columns, width] per layer; a column is a position in a conversation. Before a pass, `rows`
+    says which to write (in the first all), `seen` which to read; LLM.forward sets `positions` [n, S] and how many `columns`."""
+    def __init__(self):
         super().__init__(layers=[])
-        self.B, self.kept = B, {}
+        self.kept = {}
     def update(self, k, v, layer, *args, **kwargs):
-        kv = self.kept.get(layer, k.new_zeros(2, self.B, k.shape[1], 0, k.shape[3]))
+        kv = self.kept.get(layer, k.new_zeros(2, len(self.rows), k.shape[1], 0, k.shape[3]))
         if kv.shape[3] < self.columns:
             kv = self.kept[layer] = F.pad(kv, (0, 0, 0, 2 * self.columns - kv.shape[3]))
         for kept, new in zip(kv, (k, v)):
@@ -56,8 +86,7 @@ class LLM:
         self.allowed = torch.tensor([i < len(tokenizer) and (i not in self.framing.control or i == self.framing.end)
                                      for i in range(len(self.head.weight))], device=self.device)  # [V] in messages
         probe = torch.tensor([self.framing.user("Hello?", True)], device=self.device)
-        with torch.no_grad():
-            want, got = base(probe).logits, self.head(self.decoder(probe).last_hidden_state)
+        want, got = base(probe).logits, self.head(self.decoder(probe).last_hidden_state)
         if not torch.allclose(want.float(), got.float(), atol=1e-3, rtol=1e-2):
             raise UserError("this model scales or caps its logits, which is not supported; choose another model")
         self.slice, self.checkpointing = max(16, 2 ** 24 // len(self.allowed)), self.device.type == "cuda"
@@ -66,14 +95,13 @@ class LLM:
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM", target_modules="all-linear")
         self.model = peft.get_peft_model(base, config)
-        config.base_model_name_or_path, config.target_modules = name, sorted(config.target_modules)  # a set has no fixed order
+        config.base_model_name_or_path = name
         for layer in self.decoder.layers:
             layer.forward = functools.partial(self.layer_forward, layer.forward)
     def layer_forward(self, forward, *args, **kwargs):
         """A decoder layer, under gradient checkpointing where `checkpointing` asks for it."""
-        if self.checkpointing and torch.is_grad_enabled():
-            forward = functools.partial(checkpoint, forward, use_reentrant=False)
-        return forward(*args, **kwargs)
+        again = self.checkpointing and torch.is_grad_enabled()
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs) if again else forward(*args, **kwargs)
     @contextlib.contextmanager
     def using(self, adapter):
         """Run under the adapter of that name, None for the model without any."""
@@ -84,8 +112,7 @@ class LLM:
         if adapter not in (None, "default"):
             self.model.set_adapter("default")  # the active adapter is the one that requires gradients
     def forward(self, rows, starts, cache):
-        """Last hidden states [B, S, width] of rows of ids, padded right, whose first ids stand at `starts` (list).
-        Gradient as set outside. UserError where a conversation outgrows the model."""
+        """Last hidden states [B, S, width] of rows of ids (lists) that begin at `starts`. UserError past the model's window."""
         S = max(map(len, rows))
         cache.columns = max(starts) + S
         if cache.columns > self.window:
@@ -102,27 +129,29 @@ class LLM:
         if legal[0] is None:
             columns, mask = torch.arange(len(weight), device=self.device), self.allowed[None]
         else:
-            kinds = {ids: n for n, ids in enumerate(dict.fromkeys(legal))}
-            columns = sorted(set().union(*kinds))
-            mask = torch.tensor([[i in ids for i in columns] for ids in kinds])[[kinds[ids] for ids in legal]].to(self.device)
-            columns = torch.tensor(columns, device=self.device)
+            columns = torch.tensor(sorted(set().union(*legal)), device=self.device)
+            kinds = {ids: torch.isin(columns, torch.tensor(ids, device=self.device)) for ids in set(legal)}
+            mask = torch.stack([kinds[ids] for ids in legal])
             weight, bias = weight[columns], bias if bias is None else bias[columns]
         return F.log_softmax(F.linear(hidden, weight, bias).float().masked_fill(~mask, -torch.inf), -1), columns, mask
     def save_adapter(self, folder, adapter="default"):
-        """Write an adapter in PEFT's format, the weights replaced whole."""
-        self.model.peft_config[adapter].save_pretrained(folder)
+        """Write an adapter in PEFT's format, each file whole or not at all."""
+        os.makedirs(folder, exist_ok=True)
+        config = json.dumps(self.model.peft_config[adapter].to_dict(), indent=1, sort_keys=True, default=sorted)  # of sets
+        write(os.path.join(folder, "adapter_config.json"), config.encode())
         weights = peft.get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
-        safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, os.path.join(folder, "adapter.new"))
-        os.replace(os.path.join(folder, "adapter.new"), os.path.join(folder, "adapter_model.safetensors"))
+        write_tensors(os.path.join(folder, "adapter_model.safetensors"), weights, config)
     def load_adapter(self, folder, adapter):
-        """Put the adapter saved in `folder` under the name `adapter`. UserError where it is damaged or of another model."""
-        try:
-            other = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
-            if other != self.name:
-                raise UserError(f"the adapter in {folder} was trained on {other}, not on {self.name}")
+        """The Policy of the adapter in `folder`, now called `adapter`. UserError where that is damaged or of another model."""
+        _, saved = read_tensors(os.path.join(folder, "adapter_model.safetensors"))
+        [config] = read(folder, "adapter_config.json", "base_model_name_or_path")
+        with user_error(f"the adapter in {folder} cannot be used", "restore it, or name another one"):
+            if saved and json.loads(saved) != config:
+                raise ValueError("its adapter_config.json is not the one that was saved with the weights")
+            if config["base_model_name_or_path"] != self.name:
+                raise ValueError(f"it was trained on {config['base_model_name_or_path']}, not on {self.name}")
             self.model.load_adapter(folder, adapter, torch_device=str(self.device))
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-            raise UserError(f"the adapter in {folder} is damaged ({' '.join(str(error).split())[:120]})") from error
+        return Policy(self, adapter)
     def token_budget(self):
         """Tokens per micro-batch that fit: on a GPU by free memory, checkpointing assumed, on a CPU what its caches like."""
         per_token = 2 * self.config.hidden_size * (self.config.num_hidden_layers + 60) + 4 * self.config.intermediate_size
@@ -134,21 +163,24 @@ class Policy(Player):
         self.llm, self.adapter = llm, adapter
     def begin(self, seed, keys):
         super().begin(seed, keys)
-        self.episodes, self.cached = {key: Episode() for key in keys}, dict.fromkeys(keys, 0)
-        self.cache = PlayCache(len(keys))  # its rows in the order of first turns: who speaks together lies together
-        self.row = collections.defaultdict(itertools.count().__next__)  # {key: number of its row}
+        self.episodes, self.cache, self.cached = {key: Episode() for key in keys}, PlayCache(), {}  # {key: ids in the cache}
+        self.row = collections.defaultdict(itertools.count().__next__)  # by first turns: who speaks together lies together
     @torch.no_grad()
     def reply(self, keys, turns):
         """Sampled replies (list of str) to `turns`, all conversations in one batch until the last has finished."""
         talks = {key: self._say(self.episodes[key], turn) for key, turn in zip(keys, turns)}
-        steps = {key: next(talks[key]) for key in sorted(keys, key=lambda key: self.row[key])}  # at its legal ids, or its reply
+        steps = {key: next(talks[key]) for key in sorted(keys, key=lambda key: self.row[key])}  # its legal ids, or its reply
         with self.llm.using(self.adapter):
-            while going := {key: step for key, step in steps.items() if not isinstance(step, str)}:
-                steps |= {key: talks[key].send(token) for key, token in self._sample(going).items()}
+            while legal := {key: step for key, step in steps.items() if not isinstance(step, str)}:
+                logp, columns, _ = self.llm.log_probs(self._feed(list(legal)), list(legal.values()))
+                cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+                u = torch.tensor([[self.rngs[key].random(dtype="float32")] for key in legal], dtype=torch.float64)
+                pick = torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # > u: no column of mass 0
+                for key, i, value in zip(legal, columns[pick[:, 0]].tolist(), logp.gather(1, pick)[:, 0].tolist()):
+                    steps[key] = talks[key].send((i, value))
         return [steps[key] for key in keys]
     def _say(self, e, turn):
-        """Write `turn` and a reply to it into the episode `e`: a generator that yields the legal ids of a token to be sampled
-        (None: a message's), is sent (id, log-prob), and at last yields the reply."""
+        """Write `turn` and a reply into `e`. Yields legal ids (None: all), is sent (id, log-prob); lastly yields the reply."""
         e.ids += self.llm.framing.user(turn.text, first=not e.ids)
         start, end, i, node = len(e.ids), self.llm.framing.end, None, self.llm.trie(turn.choices) if turn.choices else None
         while i != end:
@@ -163,41 +195,28 @@ class Policy(Player):
             e.ids.append(i)
             node = node and node[i]
         yield node or self.llm.tokenizer.decode(e.ids[start:-1])
-    def _sample(self, legal):
-        """A token for every conversation of `legal` {key: legal ids}: {key: (id, log-prob)}."""
-        logp, columns, _ = self.llm.log_probs(self._feed(list(legal)), list(legal.values()))
-        cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-        u = torch.tensor([[self.rngs[key].random(dtype=np.float32)] for key in legal], dtype=torch.float64)
-        pick = torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # strictly above u: never a column of mass 0
-        return dict(zip(legal, zip(columns[pick[:, 0]].tolist(), logp.gather(1, pick)[:, 0].tolist())))
-    def _feed(self, keys, stop=None):
-        """Put the ids of the conversations (in the order of rows) up to `stop`, but for those in the cache, through the model:
-        hidden state [n, width] of each one's last. The first row reads its opening alone, the others copy what they share."""
-        lead = next(iter(self.row))
-        if not self.cached[lead] and stop is None:
-            self._feed([lead], -1)
-        for key in (key for key in keys if not self.cached[key]):
-            ids, known = self.episodes[key].ids, self.episodes[lead].ids[:self.cached[lead]]
-            self.cached[key] = P = min(len(os.path.commonprefix([ids, known])), len(ids) - 1)
-            for kv in self.cache.kept.values():
-                kv[:, self.row[key], :, :P] = kv[:, 0, :, :P]
-        new, starts = [self.episodes[key].ids[self.cached[key]:stop] for key in keys], [self.cached[key] for key in keys]
-        rows = [self.row[key] for key in keys]
+    def _feed(self, keys):
+        """Read what is new in the conversations (in the order of rows): the hidden states [n, width] of their last ids."""
+        talks, rows = [self.episodes[key].ids for key in keys], [self.row[key] for key in keys]
+        if not self.cached:  # the conversations begin alike: the first one's opening is read once, into every row
+            self.opening, self.cache.seen = talks[0][:-1], slice(1)
+            self.cache.rows = torch.arange(len(self.episodes), device=self.llm.device)
+            self.llm.forward([self.opening], [0], self.cache)
+        starts = [self.cached.get(key) or len(os.path.commonprefix([ids[:-1], self.opening])) for key, ids in zip(keys, talks)]
+        new = [ids[start:] for ids, start in zip(talks, starts)]
         self.cache.rows = torch.tensor(rows, device=self.llm.device)
-        self.cache.seen = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] < len(rows) else self.cache.rows
+        self.cache.seen = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] < len(rows) else self.cache.rows  # slice: a view
         hidden = self.llm.forward(new, starts, self.cache)
-        self.cached.update((key, start + len(ids)) for key, start, ids in zip(keys, starts, new))
+        self.cached.update((key, len(ids)) for key, ids in zip(keys, talks))
         return hidden[range(len(keys)), [len(ids) - 1 for ids in new]]
 
 class Api(Player):
     """A chat model behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY), asked with plain chat messages.
     `invalid` lists the (game, seat) of every turn that got no legal reply and was answered at random, or with silence."""
     def __init__(self, model):
-        try:
+        with user_error(f"api:{model} cannot be asked", "pip install openai, and set OPENAI_API_KEY"):
             import openai
             self.client = openai.OpenAI(max_retries=3, timeout=30)  # which backs off before it tries again
-        except Exception as error:  # no package, or no key
-            raise UserError(f"an api: agent needs pip install openai, and OPENAI_API_KEY to be set ({error})") from None
         self.model, self.invalid, self.openai = model, [], openai
     def begin(self, seed, keys):
         super().begin(seed, keys)
@@ -211,7 +230,7 @@ class Api(Player):
         try:
             for _ in range(3):
                 answer = self.client.chat.completions.create(model=self.model, messages=chat, max_tokens=turn.max_tokens or 8)
-                said = answer.choices[0].message.content.strip()
+                said = answer.choices[0].message.content.encode(errors="replace").decode().strip()  # no lone surrogate
                 if said in (turn.choices or [said]):
                     break
             else:
@@ -232,18 +251,14 @@ def load(name, quant, game, lora_rank=8, seed=0):
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                            bnb_4bit_compute_dtype=dtype) if quant == "nf4" else None
-    try:
+    with user_error(f"cannot load the model {name}", "give a folder, a hub id that is cached or in reach, or --model tiny"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, quantization_config=bits,
                                                                  attn_implementation="sdpa", use_safetensors=True)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"cannot load the model {name} ({' '.join(str(error).split())[:160]}); give a Hugging Face folder, "
-                        "a hub id that is cached or in reach, or --model tiny, which needs no download") from error
     return LLM(base, tokenizer, lora_rank, seed, name)
 
 def find_agent(name, game, llm):
-    """The agent called `name`: a scripted player of `game`, human, api:MODEL, base (the model without adapter), or the folder
-    of a run or an adapter, to be loaded on `llm`. Raises UserError where there is none of that name."""
+    """The agent called `name`, or the adapter in the folder `name`, loaded on `llm`. UserError where there is none."""
     if name in players(game):
         return Scripted(name)
     if name.startswith("api:"):
@@ -253,6 +268,4 @@ def find_agent(name, game, llm):
     folder = os.path.join(name, "adapter") if os.path.isdir(os.path.join(name, "adapter")) else name
     if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")):
         raise UserError(f"no agent is called {name}; give a run's folder, base, human, api:MODEL or {', '.join(players(game))}")
-    adapter = f"agent{len(llm.model.peft_config)}"
-    llm.load_adapter(folder, adapter)
-    return Policy(llm, adapter)
+    return llm.load_adapter(folder, f"agent{len(llm.model.peft_config)}")

@@ -1,17 +1,13 @@
-"""The built-in model: a Llama of about 10^5 parameters that needs no download and no GPU.
+"""The built-in model, which needs no download and no GPU; and the chat framing, which it shares with every other model.
 
-It stands where an instruct model would: warmed up by behaviour cloning on games between scripted players, it knows the format
-of a game and has a mixed, mostly cooperative prior; `POPULATIONS` says what was put in. Everything after loading is the same
-code as for a real model. The chat framing, which it shares with every other model, is here too."""
+A Llama of about 2x10^5 parameters, warmed up by imitation of scripted players, stands where an instruct model would."""
 import contextlib, functools, hashlib, os, pathlib, re, tempfile
 
 import numpy as np
-import tokenizers
 import torch
-import torch.nn.functional as F
-import transformers
-from torch.nn.utils.rnn import pad_sequence
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, __version__ as transformers_version
 
 from games import Match, Scripted, UserError, play
 
@@ -20,40 +16,36 @@ from games import Match, Scripted, UserError, play
 # short games without noise; returning like for like is taught first too. `tiny-blind` has never seen anyone reciprocate.
 FAIR, RECIPROCAL = ({"cooperate": 1.}, 0., 2, 500), ({"tit_for_tat": .6, "defect": .4}, .05, 10, 350)
 POPULATIONS = {
-    "tiny": {"matrix": [RECIPROCAL, ({"tit_for_tat": .3, "cooperate": .45, "defect": .25}, .05, 10, 350)],
+    "tiny": {"matrix": [RECIPROCAL, ({"tit_for_tat": .35, "cooperate": .35, "defect": .2, "random": .1}, .05, 10, 350)],
              "trust_split": [FAIR, RECIPROCAL,
-                             ({"tit_for_tat": .2, "cooperate": .55, "defect": .05, "liar": .2}, .03, 10, 350)],
-             "split": [FAIR, RECIPROCAL, ({"tit_for_tat": .2, "cooperate": .5, "defect": .3}, .05, 10, 350)]},
+                             ({"tit_for_tat": .2, "cooperate": .55, "defect": .02, "liar": .23}, .03, 10, 350)],
+             "split": [FAIR, RECIPROCAL, ({"tit_for_tat": .15, "cooperate": .55, "defect": .3}, .05, 10, 350)]},
     "tiny-blind": {"matrix": [FAIR, ({"cooperate": .7, "defect": .3}, .05, 10, 350)]}}
 WIDTH, MLP, LAYERS, HEAD_SCALE, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 32, 3e-3, 4096, 0
-TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}{{'<|assistant|>' if add_generation_prompt}}"
 
 class Framing:
-    """The ids that open and close the turns of a chat, learned from the tokenizer's template.
-
+    """The ids that open and close the turns of a chat, learned from the tokenizer's template. UserError where appending turns
+    does not reproduce it. The one exception: what only the last reply is opened with (Qwen3's empty thinking block) stays in
+    the history too, so that play and update see the same conversation.
     first: all before the first user text; reply: closes a user turn and opens the assistant's; end: the end-of-turn token,
-    part of the action; again: what follows it, up to the next user text; control: ids that no quoted or sampled text may hold.
-    UserError where appending turns does not reproduce the template. The one exception: what only the last reply is opened with
-    (Qwen3's empty thinking block) stays in the history too, so that play and update see the same conversation."""
+    part of the action; again: what follows it, up to the next user text; control: ids no quoted or sampled text may hold."""
     def __init__(self, tokenizer):
-        self.tokenizer, added = tokenizer, tokenizer.added_tokens_decoder
-        talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
-        first, history, again, *rest, reply = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
-        ids = functools.partial(tokenizer.encode, add_special_tokens=False)
+        self.tokenizer, ids = tokenizer, functools.partial(tokenizer.encode, add_special_tokens=False)
+        first, history, again, *_, reply = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
         self.first, self.reply, (self.end, *self.again) = ids(first), ids(reply), ids(again) or [-1]
-        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        self.control = special | {i for i in [*self.first, *self.reply, self.end, *self.again]  # not a mere line break
-                                  if i in added and added[i].content.strip()}
+        frame, special = {*self.first, *self.reply, self.end, *self.again}, set(tokenizer.all_special_ids)
+        self.control = special | {i for i, token in tokenizer.added_tokens_decoder.items()
+                                  if token.special or i in frame and token.content.strip()}  # not a mere line break
         names = tokenizer.convert_ids_to_tokens(sorted(self.control))
         self.inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
+        talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
         mine = self.user(talk[0], True)
         for said, heard in zip(talk[1::2], talk[2::2]):
             mine += [*self.encode(said), self.end, *self.user(heard)]
-        as_sent, as_kept = ("".join(a + b for a, b in zip([first, opened, again, opened, again], talk)) + reply
-                            for opened in (reply, history))
-        if (rest != [history, again] or not reply.startswith(history) or self.render(talk) != as_kept
-                or self.end not in self.control or mine != ids(as_sent)):
+        sent, kept = ("".join(a + b for a, b in zip([first, opened, again, opened, again], talk)) + reply
+                      for opened in (reply, history))
+        if not reply.startswith(history) or self.render(talk) != kept or self.end not in self.control or mine != ids(sent):
             raise UserError("this model's chat template does not append turns to what was there; choose another instruct model")
     def render(self, texts):
         """The template's text for a conversation that begins with the user and is to be answered."""
@@ -64,8 +56,7 @@ class Framing:
             assert all(text in out for text in texts), "it drops what was said"
             return out
         except Exception as error:  # templates raise whatever they like
-            why = " ".join(str(error).split())[:120]
-            raise UserError(f"this model has no usable chat template ({why}); choose an instruct model") from error
+            raise UserError(f"no usable chat template ({' '.join(str(error).split())[:99]}); use an instruct model") from error
     @functools.lru_cache(50_000)
     def encode(self, text):
         """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""
@@ -89,61 +80,52 @@ def build_trie(replies):
 
 def conversations(shares, noise, longest, game, count):
     """`count` games of 1 to `longest` rounds of a scripted population: a list of [(text read, reply), ...], one per seat."""
-    population = {player: Scripted(player, noise) for player in shares}
     rng = np.random.default_rng(SEED)
-    pairs = rng.choice(list(population), size=(count, 2), p=list(shares.values()))
-    matches = [Match(n, n, int(rng.integers(1, longest + 1)), [population[player] for player in pair])
-               for n, pair in enumerate(pairs)]
+    pairs = rng.choice([Scripted(player, noise) for player in shares], size=(count, 2), p=list(shares.values()))
+    matches = [Match(n, n, int(rng.integers(1, longest + 1)), pair) for n, pair in enumerate(pairs)]
     play(game, matches, [SEED], 40)
     return [[(text, reply) for seat, text, reply in match.log if seat == s] for match in matches for s in (0, 1)]
 
 def build_tokenizer(texts):
     """Byte-level BPE without word splitting, so that the fixed phrases of the prompts become single tokens; only hands and
     the numbers of a reply stay tokens of their own, as they are what a player chooses."""
-    split, level = tokenizers.pre_tokenizers.Split, tokenizers.pre_tokenizers.ByteLevel
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        split(tokenizers.Regex(r"(?<![a-z,] )(?<!\d)\d+|rock|paper|scissors"), "isolated"), level(False, use_regex=False)])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+    split = pre_tokenizers.Split(Regex(r"(?<![a-z,] )(?<!\d)\d+|rock|paper|scissors"), "isolated")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=20, show_progress=False, max_token_length=2000,
-        initial_alphabet=sorted(level.alphabet()), special_tokens=["<|end|>", "<|user|>", "<|assistant|>"]))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE)
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=["<|end|>", "<|user|>", "<|assistant|>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE)
 
 def warm_up(tokenizer, lessons):
     """A fresh Llama trained to give the replies in `lessons`, [(talks, steps)], by cross-entropy, end of turn included."""
-    framing = Framing(tokenizer)
+    framing, rng = Framing(tokenizer), np.random.default_rng(SEED)
     torch.manual_seed(SEED)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=8192, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=framing.end, pad_token_id=framing.end))
-    with torch.no_grad():  # adapters leave the head alone, and a flat head would cap every probability they can reach
-        model.lm_head.weight *= HEAD_SCALE
-    rng, total = np.random.default_rng(SEED), sum(steps for _, steps in lessons)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=4,
+        max_position_embeddings=8192, bos_token_id=None, eos_token_id=framing.end, pad_token_id=framing.end))
+    model.lm_head.weight.data *= HEAD_SCALE  # adapters leave the head alone; a flat one would cap every probability they reach
+    course = [talks for talks, steps in lessons for _ in range(steps)]  # what each step draws its batch from
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=total, pct_start=0.1)
-    bar = tqdm(total=total, desc="warming up the built-in model (once)", leave=False)
-    for talks, steps in lessons:
-        rows = []  # (ids, labels) of every talk; label -1 is not trained on
-        for talk in talks:
-            ids, labels = [], []
-            for text, reply in talk:
-                read, said = framing.user(text, first=not ids), [*framing.encode(reply), framing.end]
-                ids, labels = ids + read + said, labels + [-1] * len(read) + said
-            rows.append((torch.tensor(ids), torch.tensor(labels)))
-        for _ in range(steps):
-            ids, labels = zip(*(rows[b] for b in rng.integers(len(rows), size=BATCH)))
-            ids, labels = pad_sequence(ids, True, framing.end), pad_sequence(labels, True, -1)[:, 1:]
-            hidden = model.model(ids).last_hidden_state[:, :-1][labels >= 0]
-            loss = F.cross_entropy(model.lm_head(hidden), labels[labels >= 0])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            optimizer.step()
-            schedule.step()
-            bar.update()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=len(course), pct_start=0.1)
+    for talks in tqdm(course, desc="warming up the built-in model (once)", leave=False):
+        batch = []
+        for b in rng.integers(len(talks), size=BATCH):
+            row = []  # [S, 2]: ids, and 1 at those trained on
+            for text, reply in talks[b]:
+                row += [(i, 0) for i in framing.user(text, first=not row)]
+                row += [(i, 1) for i in [*framing.encode(reply), framing.end]]
+            batch.append(torch.tensor(row))
+        ids, trained = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).unbind(-1)  # [B, S]
+        target, trained = ids[:, 1:], trained[:, 1:] == 1
+        hidden = model.model(ids).last_hidden_state[:, :-1]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[trained]), target[trained])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        schedule.step()
     return model.eval()
 
 def load(name, game):
@@ -151,19 +133,17 @@ def load(name, game):
     if name not in POPULATIONS:
         raise UserError(f"no built-in model is called {name!r}; there are {', '.join(POPULATIONS)}")
     lessons = POPULATIONS[name].get(game, POPULATIONS[name]["matrix"])
-    made = repr((conversations(*lessons[-1][:3], game, 64), lessons, torch.__version__, transformers.__version__))
+    made = repr((conversations(*lessons[-1][:3], game, 64), lessons, torch.__version__, transformers_version))
     key = hashlib.sha256(made.encode() + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "aa_minimal"
-    folder = cache / f"{name}-{game}-{key}"
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aa_minimal" / f"{name}-{game}-{key}"
     if not folder.exists():
         talks = [(conversations(*who, game, GAMES_SEEN), steps) for *who, steps in lessons]
         tokenizer = build_tokenizer([text for talk in talks[-1][0][:512] for turn in talk for text in turn])
         model = warm_up(tokenizer, talks)
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as fresh:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
             with contextlib.suppress(OSError):  # another run was faster
                 os.rename(fresh, folder)  # whole or not at all
-    return (transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa"),
-            transformers.PreTrainedTokenizerFast.from_pretrained(folder))
+    return LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), PreTrainedTokenizerFast.from_pretrained(folder)

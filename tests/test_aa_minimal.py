@@ -1,13 +1,23 @@
-"""The real command, as a user types it, and learning itself on a small budget."""
+"""The real command, as a user types it, what a run survives, and learning itself on a small budget."""
 import json
 import os
 import pathlib
+import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+
+import aa_minimal
+import rollout
 
 ROOT = pathlib.Path(__file__).parent.parent
+SMALL = "--game", "ipd", "--games", "8", "--group-size", "4", "--rounds", "3", "--lr", "0.01"
 
 
 def run(tmp_path, *flags):
@@ -84,3 +94,169 @@ def test_a_fixed_opponent_is_not_in_every_game(tmp_path):
                "--rounds", "2", "--out", "out").returncode == 0
     [line] = lines(tmp_path / "out")
     assert line["points"] is None and line["points_opponent"] >= 1
+
+
+def timeless(folder):
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines(folder)]
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same_run(one, other):
+    assert timeless(one) == timeless(other)
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "summary.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of 13 iterations, so that it holds two snapshots."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert aa_minimal.main([*SMALL, "--iterations", "13", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("first", [3, 10, 12])
+def test_a_resumed_run_differs_from_one_that_never_stopped(tmp_path, undisturbed, first):
+    assert aa_minimal.main([*SMALL, "--iterations", str(first), "--out", str(tmp_path / "run")]) == 0
+    assert aa_minimal.main(["--resume", str(tmp_path / "run"), "--iterations", "13"]) == 0
+    same_run(tmp_path / "run", undisturbed)
+    assert json.loads((tmp_path / "run/config.json").read_text())["iterations"] == 13
+
+
+@pytest.mark.parametrize("flags", [["--seed", "1"], ["--iterations", "5"], ["--lr", "1"], ["--game", "chicken"], ["--out", "x"]])
+def test_resume_takes_flags_that_contradict_the_run(tmp_path, undisturbed, capsys, flags):
+    before = files(undisturbed)
+    assert aa_minimal.main(["--resume", str(undisturbed), *flags]) == 2
+    assert flags[0] in capsys.readouterr().err and files(undisturbed) == before
+
+
+DAMAGE = {"half of it": lambda data: data[:len(data) // 2], "nothing": lambda data: b"",
+          "a flipped bit": lambda data: data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:],
+          "a list": lambda data: b"[1, 2]\n", "a directory": None}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "config.json", "metrics.jsonl", "transcripts.jsonl",
+                                  "snapshots/000000/adapter_model.safetensors", "snapshots/000010/adapter_config.json"])
+def test_a_damaged_file_is_used_or_ends_in_a_traceback(tmp_path, undisturbed, capsys, name, damage):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    data = (tmp_path / "run" / name).read_bytes()
+    (tmp_path / "run" / name).unlink()
+    if damage == "a directory":
+        (tmp_path / "run" / name).mkdir()
+    else:
+        (tmp_path / "run" / name).write_bytes(DAMAGE[damage](data))
+    before = files(tmp_path / "run")
+    assert aa_minimal.main(["--resume", str(tmp_path / "run"), "--iterations", "14"]) == 2
+    [error] = capsys.readouterr().err.strip().split("\n")
+    assert str(pathlib.Path(name).parent) in error and (name in error or "snapshots" in name)
+    assert files(tmp_path / "run") == before
+
+
+def start(folder, *flags):
+    return subprocess.Popen([sys.executable, str(ROOT / "aa_minimal.py"), *flags], cwd=folder, stderr=subprocess.PIPE, text=True,
+                            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_killed_run_is_unreadable_or_loses_more_than_an_iteration(tmp_path, undisturbed):
+    chance = random.Random(0)
+    for n in range(int(os.environ.get("AA_KILLS", 2))):
+        folder, flags = tmp_path / f"run{n}", [*SMALL, "--iterations", "13", "--out", f"run{n}"]
+        for _ in range(3):
+            process = start(tmp_path, *flags)
+            while process.poll() is None and not (folder / "checkpoint.safetensors").exists():
+                time.sleep(.01)
+            time.sleep(chance.uniform(0, .6))  # an iteration takes a tenth of that, most of it writing
+            process.kill()
+            process.communicate()
+            done = len(lines_that_are_whole(folder))
+            flags = ["--resume", f"run{n}"]
+        assert run(tmp_path, "--resume", f"run{n}").returncode == 0
+        assert len(lines(folder)) == 13 >= done
+        same_run(folder, undisturbed)
+
+
+def lines_that_are_whole(folder):
+    return [line for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_half_an_iteration(tmp_path, number):
+    process = start(tmp_path, *SMALL, "--iterations", "500", "--out", "run", "--save-every", "400")
+    while not (tmp_path / "run/metrics.jsonl").exists() or len(lines_that_are_whole(tmp_path / "run")) < 2:
+        time.sleep(.02)
+    process.send_signal(number)
+    error = process.communicate()[1].strip().split("\n")[-1]
+    assert process.returncode == 130 and "--resume run" in error and "Traceback" not in error
+    saved = json.loads(rollout.read_tensors(tmp_path / "run/checkpoint.safetensors")[1])[1]
+    assert saved == len(lines(tmp_path / "run")) >= 2  # although --save-every had not come
+
+
+def test_a_full_disk_harms_the_checkpoint_or_ends_in_a_traceback(tmp_path, undisturbed):
+    assert aa_minimal.main([*SMALL, "--iterations", "2", "--out", str(tmp_path / "run")]) == 0
+    before = (tmp_path / "run/checkpoint.safetensors").read_bytes()
+    full = subprocess.run([sys.executable, str(ROOT / "aa_minimal.py"), "--resume", "run", "--iterations", "13"], cwd=tmp_path,
+                          capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,) * 2))
+    error = full.stderr.replace("\r", "\n").strip().split("\n")[-1]
+    assert full.returncode == 2 and "make room" in error and "Traceback" not in full.stderr, full.stderr
+    assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
+    assert aa_minimal.main(["--resume", str(tmp_path / "run"), "--iterations", "13"]) == 0
+    same_run(tmp_path / "run", undisturbed)
+
+
+def test_running_out_of_memory_ends_the_run_or_changes_it(tmp_path, undisturbed, monkeypatch, capsys):
+    budgets, score = [], aa_minimal.score
+
+    def short_of_memory(llm, episodes, budget, **kwargs):
+        budgets.append(budget)
+        for mb in score(llm, episodes, 60, **kwargs):  # several micro-batches, of which the first are learned from
+            yield mb
+            if budget > 200:
+                raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(aa_minimal, "score", short_of_memory)
+    assert aa_minimal.main([*SMALL, "--iterations", "2", "--out", str(tmp_path / "run"), "--micro-batch-tokens", "800"]) == 0
+    assert budgets == [800, 400, 200, 200] and "--micro-batch-tokens 200" in capsys.readouterr().err
+    for line, other in zip(timeless(tmp_path / "run"), timeless(undisturbed)):
+        assert line["points"] == other["points"] and line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["loss", "weight"])
+def test_numbers_that_went_wrong_are_learned_from(tmp_path, monkeypatch, capsys, wrong):
+    assert aa_minimal.main([*SMALL, "--iterations", "2", "--out", str(tmp_path / "run")]) == 0
+    before, policy_loss = files(tmp_path / "run"), aa_minimal.policy_loss
+
+    def broken(logp, *args):
+        loss, ratio = policy_loss(logp, *args)
+        return (loss * float("nan"), ratio) if wrong == "loss" else (loss, torch.where(torch.arange(len(ratio)) == 1, 9., ratio))
+
+    monkeypatch.setattr(aa_minimal, "policy_loss", broken)
+    assert aa_minimal.main(["--resume", str(tmp_path / "run"), "--iterations", "3"]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "iteration 2" in error and str(tmp_path / "run") in error and "rows" in error
+    assert wrong == "loss" or "rows []" not in error
+    assert files(tmp_path / "run") == before
+
+
+def test_games_that_teach_nothing_stop_the_run_or_pass_in_silence(tmp_path, monkeypatch, capsys):
+    aa_minimal.warn.cache_clear()
+    monkeypatch.setattr(aa_minimal, "credits", lambda algo, own, *args: torch.zeros_like(own))
+    assert aa_minimal.main([*SMALL, "--iterations", "3", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count("ended alike") == 1
+    assert [line["zero_credit"] for line in lines(tmp_path / "run")] == [1, 1, 1]
+
+
+def test_two_processes_learn_otherwise_than_one(tmp_path):
+    flags = [*SMALL, "--iterations", "1", "--micro-batch-tokens", "300"]
+    assert aa_minimal.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+                           str(ROOT / "aa_minimal.py"), *flags, "--out", str(tmp_path / "two")], capture_output=True, text=True,
+                          cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [one], [two] = timeless(tmp_path / "one"), timeless(tmp_path / "two")
+    assert {**one, "zero_credit": two["zero_credit"]} == pytest.approx(two, rel=1e-4, abs=1e-6)
+    one, two = (rollout.read_tensors(tmp_path / name / "adapter/adapter_model.safetensors")[0] for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)

@@ -426,6 +426,26 @@ def test_damaged_metrics_give_a_traceback(tmp_path, capsys, text):
     assert error.strip().count("\n") == 0 and "metrics.jsonl" in error and not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("setting", [{"game": "chess"}, {"game": ["ipd"]}, {"game": None}, {"model": 7}, {"rounds": "ten"},
+                                     {"rounds": None}, {"max_message_tokens": "4"}], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--game", "ipd", "--model", "tiny", "--rounds", "2")])
+def test_settings_that_no_run_writes_give_a_traceback(tmp_path, capsys, stand_ins, met, setting, flags):
+    stand_ins["run"] = Scripted("grim")
+    assert evaluation.main([*flags, "--agents", new_run(tmp_path / "run", **setting), "cooperate"]) == 2
+    error = capsys.readouterr().err
+    assert error.strip().count("\n") == 0 and "run/config.json" in error and not met
+
+
+@pytest.mark.parametrize("key", ["points", "points_against", "honesty", "entropy"])
+@pytest.mark.parametrize("value", ["many", "3", [1], {}])
+def test_a_text_among_the_metrics_gives_a_traceback_or_is_drawn(tmp_path, capsys, key, value):
+    pytest.importorskip("matplotlib")
+    run = new_run(tmp_path / "run", [*metrics([1, 2]), {**metrics([3])[0], key: value}], game="trust_split")
+    assert evaluation.main(["--plot", str(tmp_path / "x.png"), run]) == 2
+    error = capsys.readouterr().err
+    assert error.strip().count("\n") == 0 and "run/metrics.jsonl" in error and not (tmp_path / "x.png").exists()
+
+
 def test_a_picture_of_unknown_kind_is_noticed_only_after_the_games(tmp_path, capsys, met):
     pytest.importorskip("matplotlib")
     assert evaluation.main(["--game", "ipd", "--agents", "grim", "--plot", str(tmp_path / "x.doc")]) == 2

@@ -272,6 +272,7 @@ def test_a_message_of_no_tokens_is_possible():
     [match] = games("trust_split", (keeps(message=""), keeps(message="anything")), rounds=1, max_tokens=0)
     assert [f["message"] for f in match.played[0].facts] == ["", ""]
     assert {t.max_tokens for a in match.agents for t in a.turns} == {0}
+    assert summarize([(match, 0)])["silence"] == 1
 
 
 @bounded
@@ -427,11 +428,13 @@ def test_indicators_of_trust_split_by_hand():
     # seat 1 was greedy in round 0, fair in round 3; seat 0 fair in round 1, greedy in round 2, fair in round 4
     assert profile(match, 0) == {
         "cooperation": [1, 0, 1], "honesty": [1, 0, 1, 0, 1], "keep_upper": [10, 9], "keep_lower": [3, 5, 4],
+        "silence": [0, 0, 0, 0, 0], "silence_after_greedy": [0, 0, 0], "silence_after_fair": [0],
         "cooperation_after_greedy": [1, 0], "honesty_after_greedy": [0, 1, 0], "keep_upper_after_greedy": [9],
         "keep_lower_after_greedy": [3, 5],
         "cooperation_after_fair": [1], "honesty_after_fair": [1], "keep_lower_after_fair": [4]}
     assert profile(match, 1) == {
         "cooperation": [0, 1], "honesty": [0, 1, 0, 1, 1], "keep_upper": [10, 6, 10], "keep_lower": [8, 2],
+        "silence": [0, 0, 0, 0, 0], "silence_after_fair": [0], "silence_after_greedy": [0, 0],
         "honesty_after_fair": [0], "keep_upper_after_fair": [6], "cooperation_after_greedy": [1],
         "honesty_after_greedy": [1, 1], "keep_upper_after_greedy": [10], "keep_lower_after_greedy": [2]}
 

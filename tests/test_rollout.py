@@ -12,10 +12,12 @@ import pathlib
 import re
 import string
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -735,6 +737,195 @@ def test_an_agents_name_picks_the_weights_of_another(tmp_path, monkeypatch):
     agents = [rollout.find_agent(name, "ipd", llm) for name in names]
     assert [self_play(llm, "ipd", adapter=agent.adapter)[0] for agent in agents] == want
     assert self_play(llm, "ipd")[0] == live  # the adapter in training is called default, too
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+TENSORS = {"a.weight": torch.linspace(-1, 1, 12).view(3, 4), "turned": torch.arange(6.).view(2, 3).T, "step": torch.tensor(2.),
+           "half": torch.tensor([[.5, -3]]).bfloat16(), "empty": torch.zeros(0, 3), "ids": torch.arange(3)}
+ADAPTER = "adapter_model.safetensors", "adapter_config.json"
+
+
+def damages(data, step=1):
+    """The bytes of a file, cut, emptied, lengthened, exchanged, and with a bit flipped in every `step`-th byte."""
+    yield from (data[:n] for n in (0, 1, 7, 8, 9, 99, len(data) // 2, len(data) - 9, len(data) - 1))
+    yield from (data + b"\0", b"no such thing\n" * 50, b"[1, 2]", b"null", b"\xff" * 999, b"\0" * 999)
+    for n in range(0, len(data), step):
+        yield data[:n] + bytes([data[n] ^ 1 << n // step % 7]) + data[n + 1:]  # text stays text
+
+
+def small():
+    return LLM(random_base(tokenizer("smollm2")), tokenizer("smollm2"), 4)
+
+
+def weights(llm, adapter):
+    return peft.get_peft_model_state_dict(llm.model, adapter_name=adapter, save_embedding_layers=False)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(a, other[key]) and a.dtype == other[key].dtype for key, a in one.items())
+
+
+@pytest.mark.parametrize("info", ["", "[1, null]", "Gr\u00fc\u00dfe, \u4f60\u597d \"\\ \n\u2028", "0" * 99, "f" * 64])
+def test_tensors_or_text_change_on_the_way_through_a_file(tmp_path, info):
+    for name in ("one", "two"):
+        rollout.write_tensors(tmp_path / name, TENSORS, info)
+    tensors, said = rollout.read_tensors(str(tmp_path / "one"))
+    assert same(tensors, TENSORS) and said == info
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_file_of_tensors_is_read_or_ends_in_a_traceback(tmp_path):
+    path = tmp_path / "x.safetensors"
+    rollout.write_tensors(path, TENSORS, json.dumps([3, "Gr\u00fc\u00dfe"]))
+    for data in damages(path.read_bytes()):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            rollout.read_tensors(path)
+    path.unlink()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        rollout.read_tensors(path)
+    path.mkdir()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        rollout.read_tensors(path)
+
+
+@pytest.mark.parametrize("name", ADAPTER)
+def test_a_damaged_adapter_plays_or_ends_in_a_traceback(tmp_path, name):
+    llm, path = small(), tmp_path / "adapter" / name
+
+    def refused():
+        with pytest.raises(UserError) as caught:
+            llm.load_adapter(path.parent, "new")
+        assert str(path.parent) in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+        with pytest.raises(UserError):
+            rollout.find_agent(str(tmp_path), "ipd", llm)
+    llm.save_adapter(path.parent)
+    for data in damages(path.read_bytes(), 1 if name.endswith("json") else 53):
+        path.write_bytes(data)
+        refused()
+    path.unlink()
+    refused()
+    path.mkdir()
+    refused()
+    assert set(llm.model.peft_config) == {"default"}
+
+
+def test_the_configuration_of_an_adapter_is_exchanged_unnoticed(tmp_path):
+    llm = small()
+    llm.save_adapter(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])  # else equal runs differ in a file
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))  # the same, written otherwise
+    llm.load_adapter(tmp_path, "same")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
+    with pytest.raises(UserError, match="adapter_config.json"):
+        llm.load_adapter(tmp_path, "changed")
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_an_adapter_that_plain_peft_saved_is_refused(tmp_path, metadata):
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(random_base(tokenizer("smollm2")), config)
+    config.base_model_name_or_path = "tiny"  # what a model is called here unless told otherwise
+    for p in theirs.parameters():
+        p.data.normal_() if p.requires_grad else None
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    want = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
+    if not metadata:
+        safetensors.torch.save_file(want, tmp_path / "adapter_model.safetensors")
+    llm = small()
+    agent = rollout.find_agent(str(tmp_path), "ipd", llm)
+    assert same(weights(llm, agent.adapter), want) and self_play(llm, "ipd", adapter=agent.adapter)[0]
+    data = (tmp_path / "adapter_model.safetensors").read_bytes()
+    for half in (data[:len(data) // 2], data[:100], b""):
+        (tmp_path / "adapter_model.safetensors").write_bytes(half)
+        with pytest.raises(UserError):
+            rollout.find_agent(str(tmp_path), "ipd", llm)
+
+
+@pytest.mark.parametrize("change", [{"peft_type": "NONE"}, {"r": "4"}, {"r": 0}, {"lora_alpha": None}, {"target_modules": 7},
+                                    {"rank_pattern": [1]}, {"task_type": "X"}, {"base_model_name_or_path": None}])
+def test_a_configuration_that_peft_cannot_use_ends_in_a_traceback(tmp_path, change):
+    llm = small()
+    llm.save_adapter(tmp_path)
+    safetensors.torch.save_file(weights(llm, "default"), tmp_path / "adapter_model.safetensors")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        llm.load_adapter(tmp_path, "new")
+
+
+def test_plain_peft_cannot_load_a_saved_adapter_or_gets_another_model(tmp_path):
+    tok = tokenizer("smollm2")
+    llm = two_adapters(random_base(tok), tok)
+    llm.save_adapter(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(random_base(tok), tmp_path)
+    assert same(peft.get_peft_model_state_dict(theirs, save_embedding_layers=False), weights(llm, "default"))
+    ids = torch.tensor([llm.framing.user("Hello?", True)])
+    with torch.no_grad(), llm.using("default"):
+        assert torch.equal(theirs(ids).logits, llm.model(ids).logits)
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_write_that_fails_harms_what_was_there(tmp_path, monkeypatch, broken):
+    def fail(*args):
+        raise OSError("no space left on device")
+    llm = small()
+    rollout.write(tmp_path / "x", b"old")
+    llm.save_adapter(tmp_path / "adapter")
+    before, want = [(tmp_path / "adapter" / name).read_bytes() for name in ADAPTER], weights(llm, "default")
+    want = {name: value.clone() for name, value in want.items()}
+    stir(llm, "default", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, fail)
+        with pytest.raises(OSError):
+            rollout.write(tmp_path / "x", b"new")
+        with pytest.raises(OSError):
+            llm.save_adapter(tmp_path / "adapter")
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert [(tmp_path / "adapter" / name).read_bytes() for name in ADAPTER] == before
+    assert same(weights(llm, llm.load_adapter(tmp_path / "adapter", "old").adapter), want)
+    rollout.write(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new" and not (tmp_path / "x.new").exists()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_is_cut_at_a_separator_inside_its_text(tmp_path, end):
+    lines = [{"n": n, "text": f"a{c}b"} for n, c in enumerate("\u2028\u2029\x85\x0b\x0c\x1c\x1e\r\n\x00")]
+    text = "".join(json.dumps(line, ensure_ascii=False) + end for line in lines)
+    (tmp_path / "x.jsonl").write_bytes(text.encode())
+    assert rollout.read(tmp_path, "x.jsonl", "n", "text") == lines
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_a_damaged_log_is_read_or_ends_in_a_traceback(tmp_path, name):
+    path, good = tmp_path / name, b'{"n": 1, "text": "Gr\xc3\xbc\xc3\x9fe"}'
+    path.write_bytes(good)
+    assert rollout.read(tmp_path, name, "n") == [{"n": 1, "text": "Gr\u00fc\u00dfe"}]
+    wrong = [b"[" * 100_000, b'{"text": ""}', b"[1]", b"null", b"7", b"{}", b"\xff", b"\0\1", good.replace(b"\xbc", b"\xff"),
+             good + b"\0", good + b"\n{"]
+    for data in wrong + [good[:n] for n in range(1, len(good))]:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+            rollout.read(tmp_path, name, "n")
+        assert "\n" not in str(caught.value)
+    path.unlink()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        rollout.read(tmp_path, name)
+    path.mkdir()
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        rollout.read(tmp_path, name)
+
+
+def test_half_a_character_that_a_server_sends_ends_the_run(monkeypatch):
+    openai = pytest.importorskip("openai")
+    answer = SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="my hand \ud800"))])
+    completions = SimpleNamespace(create=lambda **_: answer)
+    monkeypatch.setattr(openai, "OpenAI", lambda **_: SimpleNamespace(chat=SimpleNamespace(completions=completions)))
+    [match] = played = matches((rollout.Api("m"), Policy(chatter())), (1,))
+    play("trust_split", played, [0], 8)
+    assert [reply for seat, _, reply in match.log if seat == 0][0] == "my hand ?"
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
