@@ -3,26 +3,18 @@
     python aa_minimal.py --game trust_split                      the built-in model, minutes on a laptop
     python aa_minimal.py --game ipd --algo naive                 plain policy gradient: watch it learn to defect
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID        QLoRA on any instruct model
-    python aa_minimal.py --resume runs/ipd-aa-s0                 go on where a run stopped
-    torchrun --nproc-per-node 2 aa_minimal.py --game ipd         the groups of games shared out among processes
-
-One optimizer step follows every batch of games. All randomness follows from (seed, iteration)."""
-import argparse, errno, functools, hashlib, itertools, json, os, pathlib, shutil, signal, sys, time
+    python aa_minimal.py --resume runs/ipd-aa-s0                 go on where a run stopped"""
+import argparse, functools, hashlib, json, os, pathlib, shutil, signal, sys, time
 from importlib import metadata
-from types import SimpleNamespace
-
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
 from games import GAMES, Match, Parser, Scripted, UserError, meet, number, play, players, summarize, table
 from loss import advantages, credits, policy_loss, returns_to_go, score
 from rollout import Policy, find_agent, load, read, read_tensors, write, write_tensors
 
-SNAPSHOT_EVERY, TRANSCRIPTS_EVERY = 10, 10
-LOGS = "metrics.jsonl", "transcripts.jsonl"
+SNAPSHOT_EVERY, TRANSCRIPTS_EVERY, LOGS = 10, 10, ("metrics.jsonl", "transcripts.jsonl")
 warn = functools.cache(lambda text: tqdm.write(f"aa_minimal: {text}", file=sys.stderr))  # says everything once
 
 def parse(argv, saved={}):
@@ -31,8 +23,7 @@ def parse(argv, saved={}):
     add, count, weight = parser.add_argument, number(int, 1), number(float, 0)
     add("--game", default="trust_split", choices=list(GAMES), help="which game (default: %(default)s)")
     add("--algo", default="aa", choices=["aa", "naive", "sum"], help="credit: Advantage Alignment (default), own, joint return")
-    add("--model", default="auto", help="tiny (built in), tiny-blind (never saw reciprocity), a folder, or a hub id (default: "
-        "Qwen/Qwen2.5-1.5B-Instruct with CUDA, else tiny)")
+    add("--model", default="auto", help="tiny, tiny-blind, folder, hub id (default: tiny; if CUDA Qwen/Qwen2.5-1.5B-Instruct)")
     add("--quant", default="auto", choices=["auto", "nf4", "none"], help="a real model in 4 bits or not (default: nf4 if CUDA)")
     add("--iterations", type=count, help="optimizer steps, one per batch of games")
     add("--games", type=count, help="games per iteration, B")
@@ -72,17 +63,10 @@ def parse(argv, saved={}):
     return args
 
 class Run:
-    """One training run: the model, its optimizer, the opponents, and the folder that all goes to."""
+    """One training run: model, optimizer, opponents, and the folder all goes to. Seed and iteration fix all that is random."""
     def __init__(self, args, folder):
         self.args, self.folder, self.iteration = args, pathlib.Path(folder), 0
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if args.games // args.group_size < self.world or self.world > 1 and args.baseline == "batch":
-            raise UserError("every process needs a group of games of its own, and --baseline batch can only be one process")
-        if self.rank > 0:
-            gather(None)  # so that the first process makes the built-in model for all
         self.llm = load(args.model, args.quant, args.game, args.lora_rank, args.seed)
-        if self.rank == 0:
-            gather(None)
         self.live, self.untrained = Policy(self.llm), Policy(self.llm, None)
         self.opponent = find_agent(args.opponent, args.game, self.llm) if args.opponent else None
         self.weights = {n: p for n, p in sorted(self.llm.model.named_parameters()) if ".default." in n}
@@ -103,9 +87,9 @@ class Run:
             if int(old.name) not in self.past:
                 shutil.rmtree(old)
     def draw(self):
-        """This process's matches of the iteration, and who learns: ([Match], [(match, seat, group)])."""
+        """The matches of this iteration and who learns: ([Match], [(match, seat, group)])."""
         args, matches, learners, groups = self.args, [], [], self.args.games // self.args.group_size
-        for g in range(self.rank, groups, self.world):
+        for g in range(groups):
             rng = np.random.default_rng([args.seed, self.iteration, 2, g])
             rounds = args.rounds if args.continue_prob == 1 else min(args.rounds, int(rng.geometric(1 - args.continue_prob)))
             other, seat = self.opponent, (g + self.iteration) % 2
@@ -135,7 +119,7 @@ class Run:
         args, stats = self.args, []
         episodes = [m.agents[seat].episodes[m.number, seat] for m, seat, _ in learners]
         c = self.credit(learners).to(self.llm.device)
-        N, tokens = map(sum, zip(*gather((sum(len(e.at) for e in episodes), sum(len(e.ids) for e in episodes)))))
+        N = sum(len(e.at) for e in episodes)
         while not stats:
             self.optimizer.zero_grad()
             try:
@@ -145,18 +129,16 @@ class Run:
                 if self.budget < 64:
                     raise UserError("out of memory with the smallest micro-batch; lower --rounds or --games") from None
                 warn(f"out of memory, going on with --micro-batch-tokens {self.budget}")
-        for p in self.weights.values() if self.world > 1 else ():
-            dist.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.).item()
-        rows, entropy, kl, ratio = torch.cat(gather(torch.cat(stats, 1)), 1).double()
+        rows, entropy, kl, ratio = torch.cat(stats, 1).double()
         odd = ~((ratio > .25) & (ratio < 4))  # play and update have the same weights
         if odd.any() or not np.isfinite(norm):
             raise UserError(f"iteration {self.iteration}, rows {rows[odd].unique().int().tolist()}: log-probs or the gradient, "
                             f"norm {norm:.3g}, went wrong; {self.folder} holds the last good checkpoint; lower --lr")
         self.optimizer.step()
         return {"entropy": entropy.mean().item(), "kl": kl.mean().item() if args.kl else None, "grad_norm": norm,
-                "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(), "tokens": tokens, "sampled_tokens": N,
-                "zero_credit": (c == 0).all(1).float().mean().item()}
+                "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(), "sampled_tokens": N,
+                "tokens": sum(len(e.ids) for e in episodes), "zero_credit": (c == 0).all(1).float().mean().item()}
     def backward(self, mb, c, N):
         """Add a micro-batch's gradient; row, entropy, KL and ratio of its sampled tokens [4, n]."""
         loss, ratio = policy_loss(mb.logp, mb.logp_play, c[mb.row, mb.round], mb.entropy, mb.kl, N,
@@ -167,9 +149,7 @@ class Run:
         """One iteration; returns its line for metrics.jsonl."""
         args, start = self.args, time.perf_counter()
         if args.buffer and not self.opponent and self.iteration % SNAPSHOT_EVERY == 0:
-            if self.rank == 0:
-                self.llm.save_adapter(self.folder / "snapshots" / f"{self.iteration:06d}")
-            gather(None)  # nobody reads it before it is there
+            self.llm.save_adapter(self.folder / "snapshots" / f"{self.iteration:06d}")
             self.past = [*self.past, self.iteration][-args.buffer:]
         self.slots = {}
         matches, learners = self.draw()
@@ -177,8 +157,7 @@ class Run:
         played = time.perf_counter()
         line = {"iteration": self.iteration, **self.learn(learners), "seconds_play": played - start,
                 "seconds_update": time.perf_counter() - played}
-        sides = [(SimpleNamespace(played=m.played), s) for m, s, _ in learners if self.opponent or m.agents[0] is m.agents[1]]
-        line.update(summarize(list(itertools.chain(*gather(sides)))))
+        line.update(summarize([(m, s) for m, s, _ in learners if self.opponent or m.agents[0] is m.agents[1]]))
         if self.opponent:  # points and welfare are those of self-play, which there is none of
             line["points_against"], line["points_opponent"] = line["points"], line["points_other"]
             line["points"] = line["welfare"] = None
@@ -188,15 +167,14 @@ class Run:
             if odd:
                 warn(f"{text}; going on")
         last = self.iteration + 1 == args.iterations
-        if self.rank == 0:
-            for m in (matches[0], matches[-1]) if last or self.iteration % TRANSCRIPTS_EVERY == 0 else ():
-                append(self.folder / "transcripts.jsonl", {
-                    "iteration": self.iteration, "players": ["trained" if x is self.live else "opponent" for x in m.agents],
-                    "points": [this.points for this in m.played],
-                    "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in m.log]})
-            append(self.folder / "metrics.jsonl", line)
+        for m in (matches[0], matches[-1]) if last or self.iteration % TRANSCRIPTS_EVERY == 0 else ():
+            append(self.folder / "transcripts.jsonl", {
+                "iteration": self.iteration, "players": ["trained" if x is self.live else "opponent" for x in m.agents],
+                "points": [this.points for this in m.played],
+                "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in m.log]})
+        append(self.folder / "metrics.jsonl", line)
         self.iteration += 1
-        if self.rank == 0 and (self.iteration % args.save_every == 0 or last):
+        if last or self.iteration % args.save_every == 0:
             self.save()
         return line
     def table(self):
@@ -208,17 +186,12 @@ class Run:
                                                [args.seed, 10 ** 9], args.max_message_tokens))
         return out
 
-def gather(value):
-    """What every process of the run passes here, a list: of one where there is one process."""
-    out = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(out, value)
-    return out
-
 def append(path, line):
-    """Append `line` (a dict) as JSON to the file `path`."""
+    """Append `line` (a dict) as JSON to the file `path`, on the disk before this returns."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 def new_run(args):
     """A run in --out, which must not hold one, or in the first free folder of the default name."""
@@ -227,12 +200,11 @@ def new_run(args):
     name = f"runs/{args.game}-{args.algo}-s{args.seed}"
     free = (name + end for end in ("", *(f"-{n}" for n in range(2, 10 ** 6))) if not os.path.exists(name + end))
     args.versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
-    run = Run(args, gather(args.out or next(free))[0])
-    if run.rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        for name in LOGS:
-            (run.folder / name).touch()
-        run.save()
+    run = Run(args, args.out or next(free))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for name in LOGS:
+        (run.folder / name).touch()
+    run.save()
     return run
 
 def resumed_run(argv, folder):
@@ -242,10 +214,9 @@ def resumed_run(argv, folder):
     saved, iteration, past, logs = json.loads(info)
     args = parse(argv, saved)
     args.resume = None
-    for key in saved:
-        if getattr(args, key) != saved[key] and (key != "iterations" or args.iterations < saved[key]):
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)} is not the {saved[key]} of the run in {folder}; "
-                            "with --resume, only --iterations may grow")
+    odd = [key for key in saved if getattr(args, key) != saved[key] and (key != "iterations" or args.iterations < saved[key])]
+    if odd:
+        raise UserError(f"--{odd[0].replace('_', '-')} contradicts the run in {folder}; only --iterations may grow")
     damaged = [name for name, (size, digest) in logs.items()
                if hashlib.sha256(pathlib.Path(folder, name).read_bytes()[:size]).hexdigest() != digest]
     if damaged or {**read(folder, "config.json")[0], "iterations": 0} != {**saved, "iterations": 0}:
@@ -270,21 +241,16 @@ def train(run):
         stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL))
     signal.signal(signal.SIGINT, halt)
     signal.signal(signal.SIGTERM, halt)
-    if run.rank == 0:
-        print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed} -> {run.folder}")
-    for _ in (bar := tqdm(range(run.iteration, args.iterations), initial=run.iteration, total=args.iterations, mininterval=0.5,
-                          disable=run.rank > 0)):
+    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed} -> {run.folder}")
+    for _ in (bar := tqdm(range(run.iteration, args.iterations), initial=run.iteration, total=args.iterations)):
         line = run.step()
         numbers = {"points": line.get("points_against", line["points"]), say: line[say], "entropy": line["entropy"]}
         bar.set_postfix({name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
-        if any(gather(bool(stop))):
+        if stop:
             bar.close()
-            if run.rank == 0:
-                run.save()
+            run.save()
             raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on after iteration {line['iteration']}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if run.rank > 0:
-        return
     results = run.table()
     write(run.folder / "summary.json", json.dumps(results, indent=1).encode())
     columns = [(who, key) for who in results for key in ("points", "points_other", say)]
@@ -296,21 +262,13 @@ def train(run):
 def main(argv=None):
     try:
         args = parse(argv)
-        if "RANK" in os.environ:  # set by torchrun
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         train(resumed_run(argv, args.resume) if args.resume else new_run(args))
     except (UserError, OSError) as error:
-        full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        print(f"aa_minimal: {error}{'; make room, and --resume the run' * full}", file=sys.stderr)
+        print(f"aa_minimal: {error}" + "; put that right, then --resume the run" * isinstance(error, OSError), file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"\naa_minimal: stopped; {error or 'nothing was saved in this iteration'}", file=sys.stderr)
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 if __name__ == "__main__":

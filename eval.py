@@ -4,10 +4,8 @@
     python eval.py --plot curves.png runs/a runs/b       learning curves; runs that differ only in seed become mean and band
     python eval.py --show runs/a --iteration 0           whole games, to read"""
 import importlib.metadata, importlib.util, json, os, pathlib, sys, textwrap
-
 import numpy as np
 from tqdm import tqdm
-
 from games import GAMES, Parser, UserError, meet, number, players, printable, summarize, table
 from rollout import find_agent, load, read
 

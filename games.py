@@ -1,7 +1,6 @@
 """The games, their wording, the scripted players and the loop that plays them. No tokens, no tensors: text and numbers only."""
-import argparse, functools, re
+import argparse, contextlib, functools, re
 from collections import defaultdict, namedtuple
-
 import numpy as np
 
 BEATS = {"rock": "scissors", "paper": "rock", "scissors": "paper"}
@@ -16,6 +15,14 @@ Round = namedtuple("Round", "points best facts")  # `points`, `facts` per seat; 
 
 class UserError(Exception):
     """Something the person at the keyboard can put right: printed as one line, exit code 2."""
+
+@contextlib.contextmanager
+def user_error(problem, remedy):
+    """Make one line of whatever goes wrong inside, a UserError: the problem (in the library's words, too); the remedy."""
+    try:
+        yield
+    except Exception as error:  # libraries raise whatever they like
+        raise UserError(f"{problem} ({' '.join(str(error).split())[:200]}); {remedy}") from error
 
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are UserErrors."""

@@ -1,8 +1,6 @@
 """Returns, advantages, the three credits, the policy loss: pure functions of tensors; and the scoring pass of the update.
-
 Axes: B games (rows), T rounds, n sampled tokens. Shorter rows are padded with zeros. Symbols follow arXiv 2511.19405."""
 import collections, functools, os
-
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache

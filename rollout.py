@@ -1,29 +1,18 @@
 """Models as players: loading, exact choices, batched play over a kept cache; other players by name; files written whole.
-
 What was sampled is stored as ids and never tokenized again, and every token of a conversation goes through the model once.
 Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary."""
 import collections, concurrent.futures, contextlib, functools, hashlib, inspect, itertools, json, logging, os, pathlib, warnings
 from dataclasses import field, make_dataclass
-
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels while it is imported
 import peft, safetensors.torch, torch, transformers
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from games import Human, Player, Scripted, UserError, players
+from games import Human, Player, Scripted, UserError, players, user_error
 from tiny import Framing, build_trie, load as load_tiny
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what peft calls in it
-
-@contextlib.contextmanager
-def user_error(problem, remedy):
-    """Make one line of whatever goes wrong inside, a UserError: the problem (in the library's words, too); the remedy."""
-    try:
-        yield
-    except Exception as error:  # libraries raise whatever they like
-        raise UserError(f"{problem} ({' '.join(str(error).split())[:200]}); {remedy}") from error
 
 def write(path, data):
     """Replace the file `path` by `data` (bytes): whole or not at all, even where the machine fails meanwhile."""

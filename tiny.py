@@ -1,15 +1,12 @@
 """The built-in model, which needs no download and no GPU; and the chat framing, which it shares with every other model.
-
 A Llama of about 2x10^5 parameters, warmed up by imitation of scripted players, stands where an instruct model would."""
 import contextlib, functools, hashlib, os, pathlib, re, tempfile
-
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, __version__ as transformers_version
-
-from games import Match, Scripted, UserError, play
+from games import Match, Scripted, UserError, play, user_error
 
 # What it is taught, lesson after lesson; the last makes its prior. A lesson: shares of the scripted players, probability of a
 # random reply, longest game (rounds), training steps. Who holds the upper hand is learned in a sudden step, and sooner from
@@ -50,13 +47,11 @@ class Framing:
     def render(self, texts):
         """The template's text for a conversation that begins with the user and is to be answered."""
         chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-        try:  # a fixed date, where a template writes one, keeps runs repeatable
+        with user_error("this model has no usable chat template", "choose an instruct model"):  # a fixed date: repeatable runs
             out = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False,
                                                      date_string="1 January 2026")
             assert all(text in out for text in texts), "it drops what was said"
-            return out
-        except Exception as error:  # templates raise whatever they like
-            raise UserError(f"no usable chat template ({' '.join(str(error).split())[:99]}); use an instruct model") from error
+        return out
     @functools.lru_cache(50_000)
     def encode(self, text):
         """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""

@@ -201,7 +201,7 @@ def test_a_full_disk_harms_the_checkpoint_or_ends_in_a_traceback(tmp_path, undis
     full = subprocess.run([sys.executable, str(ROOT / "aa_minimal.py"), "--resume", "run", "--iterations", "13"], cwd=tmp_path,
                           capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000,) * 2))
     error = full.stderr.replace("\r", "\n").strip().split("\n")[-1]
-    assert full.returncode == 2 and "make room" in error and "Traceback" not in full.stderr, full.stderr
+    assert full.returncode == 2 and "--resume" in error and "Traceback" not in full.stderr, full.stderr
     assert (tmp_path / "run/checkpoint.safetensors").read_bytes() == before
     assert aa_minimal.main(["--resume", str(tmp_path / "run"), "--iterations", "13"]) == 0
     same_run(tmp_path / "run", undisturbed)
@@ -247,16 +247,3 @@ def test_games_that_teach_nothing_stop_the_run_or_pass_in_silence(tmp_path, monk
     assert aa_minimal.main([*SMALL, "--iterations", "3", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().err.count("ended alike") == 1
     assert [line["zero_credit"] for line in lines(tmp_path / "run")] == [1, 1, 1]
-
-
-def test_two_processes_learn_otherwise_than_one(tmp_path):
-    flags = [*SMALL, "--iterations", "1", "--micro-batch-tokens", "300"]
-    assert aa_minimal.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-                           str(ROOT / "aa_minimal.py"), *flags, "--out", str(tmp_path / "two")], capture_output=True, text=True,
-                          cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    [one], [two] = timeless(tmp_path / "one"), timeless(tmp_path / "two")
-    assert {**one, "zero_credit": two["zero_credit"]} == pytest.approx(two, rel=1e-4, abs=1e-6)
-    one, two = (rollout.read_tensors(tmp_path / name / "adapter/adapter_model.safetensors")[0] for name in ("one", "two"))
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
