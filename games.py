@@ -121,13 +121,14 @@ Game = namedtuple("Game", "play scale real tiny")  # scale: points per unit of r
 BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations=200, max_message_tokens=40, save_every=5)
 TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
 MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
-SPLITS = {**TINY, "iterations": 40, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 1., "entropy": .01, "kl": 0.}
+SPLITS = {**TINY, "iterations": 40, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 2., "entropy": .01, "kl": 0.}
+TRUST = {**SPLITS, "iterations": 36, "beta": 1.}
 GAMES = {  # real: as published, but fewer games and a larger learning rate
     "ipd": Game(functools.partial(matrix_game, {"AA": (3, 3), "AB": (0, 5), "BA": (5, 0), "BB": (1, 1)}), 5, *MATRIX),
     "stag_hunt": Game(functools.partial(matrix_game, {"AA": (4, 4), "AB": (0, 3), "BA": (3, 0), "BB": (3, 3)}), 5, *MATRIX),
     "chicken": Game(functools.partial(matrix_game, {"AA": (3, 3), "AB": (1, 4), "BA": (4, 1), "BB": (0, 0)}), 5, *MATRIX),
-    "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001}, SPLITS),
-    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001}, {**SPLITS, "beta": 2.})}
+    "trust_split": Game(trust_split, 100, {**BASE, "gamma": .96, "beta": 2., "entropy": 0., "kl": .001}, TRUST),
+    "split": Game(split, 100, {**BASE, "gamma": .9, "beta": 1., "entropy": 0., "kl": .001}, SPLITS)}
 STYLES = {"cooperate": ("fair", 0), "defect": ("greedy", 0), "tit_for_tat": ("fair", 1), "grim": ("fair", 10 ** 9),
           "random": ("random", 0), "liar": ("liar", 0)}  # a style, and for how many rounds it pays back greed with greed
 

@@ -1,5 +1,4 @@
 """Models as players: loading, exact choices, batched play over a kept cache; other players by name; files written whole.
-What was sampled is stored as ids and never tokenized again, and every token of a conversation goes through the model once.
 Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary."""
 import collections, concurrent.futures, contextlib, functools, hashlib, inspect, itertools, json, logging, os, pathlib, warnings
 from dataclasses import field, make_dataclass

@@ -15,7 +15,7 @@ FAIR, RECIPROCAL = ({"cooperate": 1.}, 0., 2, 500), ({"tit_for_tat": .6, "defect
 POPULATIONS = {
     "tiny": {"matrix": [RECIPROCAL, ({"tit_for_tat": .35, "cooperate": .35, "defect": .2, "random": .1}, .05, 10, 350)],
              "trust_split": [FAIR, RECIPROCAL,
-                             ({"tit_for_tat": .2, "cooperate": .55, "defect": .02, "liar": .23}, .03, 10, 350)],
+                             ({"tit_for_tat": .2, "cooperate": .55, "defect": .04, "liar": .21}, .03, 10, 350)],
              "split": [FAIR, RECIPROCAL, ({"tit_for_tat": .15, "cooperate": .55, "defect": .3}, .05, 10, 350)]},
     "tiny-blind": {"matrix": [FAIR, ({"cooperate": .7, "defect": .3}, .05, 10, 350)]}}
 WIDTH, MLP, LAYERS, HEAD_SCALE, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 32, 3e-3, 4096, 0
