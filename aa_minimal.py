@@ -182,7 +182,7 @@ class Run:
         args, out = self.args, {"untrained": {}, "trained": {}}
         for agent, results in zip((self.untrained, self.live), out.values()):
             for name, other in {"itself": agent, **{name: Scripted(name) for name in players(args.game)}}.items():
-                results[name] = summarize(meet(args.game, agent, other, max(1, min(64, args.games) // 2), args.rounds,
+                results[name] = summarize(meet(args.game, agent, other, max(1, min(128, args.games) // 2), args.rounds,
                                                [args.seed, 10 ** 9], args.max_message_tokens))
         return out
 

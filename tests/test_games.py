@@ -462,3 +462,22 @@ def test_summary_pools_rounds_and_says_nothing_of_what_was_not_seen():
     upper = 0 if match.played[0].facts[0]["upper"] else 1
     assert summarize([(match, upper)])["cooperation"] is None and summarize([(match, 1 - upper)])["cooperation"] == 1
     assert summarize([(match, upper)])["honesty"] == summarize([(match, upper)])["welfare"] == 1
+
+
+def test_the_game_in_the_readme_cannot_be_played():
+    import pathlib
+    import games
+    readme = (pathlib.Path(games.__file__).parent / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    space = {**vars(games), "GAMES": {}}
+    exec(code, space)
+    game = space["GAMES"]["public_goods"]
+    for one, other, points in (("cooperate", "cooperate", (15, 15)), ("defect", "cooperate", (17.5, 7.5)),
+                               ("defect", "defect", (10, 10))):
+        games.GAMES["public_goods"] = game
+        try:
+            match = Match(0, 0, 3, (Scripted(one), Scripted(other)))
+            play("public_goods", [match], [0], 4)
+        finally:
+            del games.GAMES["public_goods"]
+        assert [tuple(r.points) for r in match.played] == [points] * 3 and all(r.best == 30 for r in match.played)
