@@ -52,7 +52,7 @@ class Framing:
                                                      date_string="1 January 2026")
             assert all(text in out for text in texts), "it drops what was said"
         return out
-    @functools.lru_cache(50_000)
+    @functools.lru_cache(5_000)
     def encode(self, text):
         """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""
         pieces = self.tokenizer(self.inside.split(text), add_special_tokens=False).input_ids
