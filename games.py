@@ -122,7 +122,7 @@ BASE = dict(rounds=10, games=32, group_size=8, lr=2e-5, lora_rank=32, iterations
 TINY = dict(iterations=60, games=128, group_size=16, lr=1e-3, max_message_tokens=4, save_every=1)
 MATRIX = {**BASE, "gamma": .9, "beta": .5, "entropy": .01, "kl": 0.}, {**TINY, "beta": 2.}
 SPLITS = {**TINY, "iterations": 40, "group_size": 8, "lr": 5e-4, "gamma": .9, "beta": 2., "entropy": .01, "kl": 0.}
-TRUST = {**SPLITS, "iterations": 36, "beta": .5}
+TRUST = {**SPLITS, "iterations": 36, "beta": .7}
 GAMES = {  # real: as published, but fewer games and a larger learning rate
     "ipd": Game(functools.partial(matrix_game, {"AA": (3, 3), "AB": (0, 5), "BA": (5, 0), "BB": (1, 1)}), 5, *MATRIX),
     "stag_hunt": Game(functools.partial(matrix_game, {"AA": (4, 4), "AB": (0, 3), "BA": (3, 0), "BB": (3, 3)}), 5, *MATRIX),
