@@ -45,9 +45,9 @@ def read_tensors(path):
             raise ValueError("its checksum is wrong")
         return safetensors.torch.load(data), info[64:]
 
-# One seat's conversation: its `ids`, and for every sampled token where it is in them, its round, the ids that were legal (None:
-# the whole vocabulary less control tokens), and its log-prob over just those when it was sampled.
-Episode = make_dataclass("Episode", [(name, list, field(default_factory=list)) for name in "ids at round legal logp".split()])
+# A conversation of one seat: `ids`; of each sampled token its place there, round, legal ids (None: all but control), log-prob.
+Episode = make_dataclass("Episode", [(name, list, field(default_factory=list)) for name in "ids at round legal logp".split()],
+                         namespace={"__module__": __name__})  # so that it can be pickled
 
 class PlayCache(transformers.Cache):
     """Keys and values [2, B, heads, columns, width] per layer; a column is a position in a conversation. Before a pass, `rows`
