@@ -953,3 +953,9 @@ def test_a_folder_without_a_usable_model_ends_in_a_traceback(tmp_path):
 def test_an_unknown_built_in_model_ends_in_a_traceback():
     with pytest.raises(UserError):
         rollout.load("tiny-unknown", "none", "ipd")
+
+
+def test_an_episode_cannot_be_sent_to_another_process():
+    import pickle
+    e = rollout.Episode(ids=[1, 2], at=[1], round=[0], legal=[None], logp=[-.5])
+    assert pickle.loads(pickle.dumps(e)) == e
