@@ -222,8 +222,8 @@ def resumed_run(argv, folder):
     if damaged or {**read(folder, "config.json")[0], "iterations": 0} != {**saved, "iterations": 0}:
         raise UserError(f"{os.path.join(folder, *damaged[:1] or ['config.json'])} is damaged; restore it, or start a new run")
     run = Run(args, folder)
-    for number in past:
-        run.snapshot(number)
+    for number in past:  # all into one slot: only to see that they are whole
+        run.llm.load_adapter(run.folder / "snapshots" / f"{number:06d}", "past0")
     for name, (size, _) in logs.items():
         os.truncate(run.folder / name, size)
     for name, p in run.weights.items():
@@ -237,7 +237,7 @@ def resumed_run(argv, folder):
 def train(run):
     """Train to the last iteration, print and save the final table. KeyboardInterrupt where a signal ends it, all saved."""
     args, say, stop = run.args, "honesty" if run.args.game == "trust_split" else "cooperation", []
-    def halt(*_):  # the iteration under way is finished first
+    def halt(*_):  # finish the iteration under way; a second Ctrl-C ends it at once
         stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL))
     signal.signal(signal.SIGINT, halt)
     signal.signal(signal.SIGTERM, halt)

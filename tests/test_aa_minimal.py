@@ -152,7 +152,7 @@ def test_a_damaged_file_is_used_or_ends_in_a_traceback(tmp_path, undisturbed, ca
     before = files(tmp_path / "run")
     assert aa_minimal.main(["--resume", str(tmp_path / "run"), "--iterations", "14"]) == 2
     [error] = capsys.readouterr().err.strip().split("\n")
-    assert str(pathlib.Path(name).parent) in error and (name in error or "snapshots" in name)
+    assert (os.path.dirname(name) or name) in error
     assert files(tmp_path / "run") == before
 
 
@@ -172,15 +172,15 @@ def test_a_killed_run_is_unreadable_or_loses_more_than_an_iteration(tmp_path, un
             time.sleep(chance.uniform(0, .6))  # an iteration takes a tenth of that, most of it writing
             process.kill()
             process.communicate()
-            done = len(lines_that_are_whole(folder))
+            saved = json.loads(rollout.read_tensors(folder / "checkpoint.safetensors")[1])[1]
+            assert saved >= len(lines_that_are_whole(folder)) - 1
             flags = ["--resume", f"run{n}"]
         assert run(tmp_path, "--resume", f"run{n}").returncode == 0
-        assert len(lines(folder)) == 13 >= done
         same_run(folder, undisturbed)
 
 
 def lines_that_are_whole(folder):
-    return [line for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
+    return (folder / "metrics.jsonl").read_text().split("\n")[:-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
