@@ -1,7 +1,7 @@
 """How far play and update are above their floor, in ratios that hold on any machine. Measured by hand, never by pytest:
 
     python tests/bench.py --model tiny --json out.json               two minutes on a laptop
-    python tests/bench.py --model DIR --game trust_split --vocab     a real model; on a CPU add --games 4 --repeats 3
+    python tests/bench.py --model DIR --game trust_split --vocab     a real model; on a CPU add --repeats 1 --no-growth
 
 The floor: every token of a conversation goes through the model once to play it, and once forward and backward to learn
 from it. What is compared runs in turns (A B A B ...), so that a busy machine slows both alike; medians are compared.
@@ -13,7 +13,8 @@ generate / play    the usual way / self-play. Usual: in every turn the whole con
 update / plain     score, policy_loss, backward / forward and backward with logits, log-softmax and entropy of every
                    position over the whole vocabulary; the same tokens per micro-batch, both without KL
 memory             what an update adds at its peak. On CUDA torch's counter; on a CPU the rise of the resident memory in
-                   a fresh process (Linux only; some 5 MB of it are noise)
+                   a fresh process (Linux only; some 5 MB of it are noise) in which every tensor of a megabyte goes back
+                   to the system when it is freed, or the peak would be what the C library keeps: up to twice as much
 share of the peak  flops per second over those of a large matrix product in the same dtype: 2 (play) or 6 (update) flops
                    per conversation token, without padding, and weight of the decoder layers (no embedding, head,
                    adapter). It flatters: an opening is read once for all rows, and frozen weights need 4, not 6
@@ -82,6 +83,7 @@ def invent(llm, rng):
 def self_play(agent, game, games, rounds, max_tokens):
     """The episodes of both seats of games that `agent` plays with itself: the same ones every time."""
     play(game, [Match(n, n, rounds, (agent, agent)) for n in range(games)], [0], max_tokens)
+    agent.cache = None  # as a run does before its update
     return list(agent.episodes.values())
 
 def pad(llm, episodes):
@@ -181,6 +183,7 @@ def peak(llm, source, step, episodes, budget):
         before = torch.cuda.memory_allocated()
         step(llm, episodes, budget)
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1048576"  # bytes; glibc reads it when a process starts: the next one
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(risen, source, step, episodes, budget).result()
 
@@ -192,8 +195,8 @@ def compare(name, unit, first, second):
 
 def compare_updates(label, llm, source, episodes, budget, repeats):
     """The rows for seconds and peak memory of the update over the plain one."""
+    memory = [[peak(llm, source, step, episodes, budget)] for step in (update, plain_update)]  # before this process has grown
     seconds = clock(repeats, lambda: update(llm, episodes, budget), lambda: plain_update(llm, episodes, budget))
-    memory = [[peak(llm, source, step, episodes, budget)] for step in (update, plain_update)]
     return [compare(f"update / plain{label}", "s", *seconds), compare(f"  peak memory{label}", "MB", *memory)]
 
 def growth(llm, args, budget):
@@ -230,7 +233,7 @@ def measure(args):
     weights = sum(p.numel() for name, p in llm.decoder.layers.named_parameters() if ".lora_" not in name)
     share = {name: flops * weights * tokens / median(seconds) / best for name, flops, seconds in (
         ("play", 2, played), ("forward", 2, read), ("update", 6, rows[2]["first"]), ("plain", 6, rows[2]["second"]))}
-    grown = growth(llm, args, budget)
+    grown = growth(llm, args, budget) if args.growth else []
     if args.vocab:
         source = "vocab", args.game
         llm = build(*source)
@@ -254,6 +257,8 @@ def show(out):
     table(f"Share of the peak of matrix products, {out['matmul_flops']:.3g} flops per second", [*out["share"]],
           [[f"{100 * share:.1f}%" for share in out["share"].values()]])
     first, keys = {row["series"]: row for row in reversed(out["growth"])}, ("seen", "play s", "update s", "update MB")
+    if not out["growth"]:
+        return
     table("Growth, x: times the first line of the series; seen: tokens of all conversations",
           ["games", "rounds", "message tokens", *(cell for key in keys for cell in (key, "x"))],
           [[*(str(row[key]) for key in ("games", "rounds", "tokens")), *(
@@ -272,6 +277,7 @@ def parse(argv):
     add("--repeats", type=count, default=5, help="repeats, of which the median is given; growth takes half as many, "
         "--vocab 3 at most (default: %(default)s)")
     add("--json", metavar="FILE", help="write all of it, with the single measurements, to this file")
+    add("--no-growth", dest="growth", action="store_false", help="leave growth out, half of the time")
     add("--vocab", action="store_true", help=f"also measure the update at a vocabulary of {V}, on a small random model "
         "and conversations of 1024 tokens: takes about 8 GB of memory and some minutes on a CPU")
     args = parser.parse_args(argv)
