@@ -25,7 +25,8 @@ def find_agents(args):
             raise UserError(f"{name}/config.json is damaged, or of a game that there is not; name the folder of another run")
         if (run["game"], run["model"]) != (args.game, args.model):
             raise UserError(f"{name} is of {run['game']} {run['model']}, not of {args.game} {args.model}; evaluate it apart")
-    first = {**GAMES[args.game].real, **(GAMES[args.game].tiny if args.model.startswith("tiny") else {}), **first}
+    built_in = args.model.startswith("tiny") and not os.path.exists(args.model)
+    first = {**GAMES[args.game].real, **(GAMES[args.game].tiny if built_in else {}), **first}
     args.rounds, args.max_message_tokens = args.rounds or first["rounds"], first["max_message_tokens"]
     args.games = args.games or (1 if "human" in names else 64)
     ready = {*players(args.game), "human", *(name for name in names if name.startswith("api:"))}  # need no model of ours
@@ -61,8 +62,7 @@ def evaluate(args):
     grids = {name: [[seen.get((a, b), {}).get(key) for b in agents] for a in agents] for name, key in columns.items()}
     robust, prints = {}, {}  # prints: against a random player, who leads everyone into every situation
     for name in (name for name in agents if name != "human"):
-        adversaries = [other for other in everyone if other not in ("random", "human")]
-        best = max(adversaries, key=lambda other: deals[other, name].mean())
+        best = max((foe for foe in everyone if foe not in ("random", "human")), key=lambda foe: deals[foe, name].mean())
         fair, most = deals["cooperate", name], deals[best, name]
         robust[name] = {"welfare": seen[name, name]["welfare"], "fair player gets": fair.mean(), "best adversary": best[-16:],
                         "gets": most.mean(), "exploitability": (most - fair).mean(), "+-": standard_error(most - fair)}

@@ -1,9 +1,8 @@
 """Returns, advantages, the three credits, the policy loss: pure functions of tensors; and the scoring pass of the update.
 Axes: B games (rows), T rounds, n sampled tokens. Shorter rows are padded with zeros. Symbols follow arXiv 2511.19405."""
-import collections, functools, os
-import torch
+import collections, contextlib, functools, os
+import torch, transformers
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import Cache
 
 def returns_to_go(rewards, gamma):
     """G[b,t] = sum over k >= t of gamma^(k-t) r[b,k].  rewards [B, T] (zero past a row's end) -> [B, T]."""
@@ -27,9 +26,8 @@ def credits(algo, A_own, A_other, gamma, beta):
     sum    c = A_own + A_other          cooperative baseline: everyone maximises the joint score
     aa     c[t] = A_own[t] + beta gamma sum over k < t of gamma^(t-k) A_own[k] A_other[t]      (Advantage Alignment)
     Its second term favours what helps the other after rounds good for oneself: reciprocity. ValueError for another name."""
-    past = torch.zeros_like(A_own)  # sum over k < t of gamma^(t-k) A_own[k]
-    for t in range(1, A_own.shape[1]):
-        past[:, t] = gamma * (past[:, t - 1] + A_own[:, t - 1])
+    past = torch.zeros_like(A_own)  # sum over k < t of gamma^(t-k) A_own[k]: what returns to go are, with time reversed
+    past[:, 1:] = gamma * returns_to_go(A_own.flip(1), gamma).flip(1)[:, :-1]
     c = {"naive": A_own, "sum": A_own + A_other, "aa": A_own + beta * gamma * past * A_other}
     if algo not in c:
         raise ValueError(f"no credit is called {algo!r}")
@@ -44,7 +42,7 @@ def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_co
     per_token = -ratio.clamp(max=cut) * credit * logp - entropy_coef * entropy + kl_coef * kl
     return per_token.sum() / total, ratio
 
-class OpeningCache(Cache):
+class OpeningCache(transformers.Cache):
     """Keeps the keys and values [1, heads, P, width] of the common opening, {layer: (k, v)}; given those, puts them before
     every row's. Then it keeps nothing, so gradient checkpointing may run a layer twice."""
     def __init__(self, opening=()):
@@ -59,12 +57,11 @@ class OpeningCache(Cache):
 def token_stats(llm, hidden, reference, target, legal):
     """Log-prob of the `target` ids (list), entropy, and KL to the model that gave `reference` (hidden states, or () for 0),
     all on the set each token was sampled from: hidden [n, width] -> [3, n], in nats. `legal` as in LLM.log_probs."""
-    logp, columns, mask = llm.log_probs(hidden, legal)
+    logp, columns = llm.log_probs(hidden, legal)
     target = torch.searchsorted(columns, torch.tensor(target, device=hidden.device))
-    p, finite, kl = logp.exp(), logp.masked_fill(~mask, 0.), torch.zeros_like(logp[:, 0])
-    if len(reference):
-        kl = (p * (finite - llm.log_probs(reference, legal)[0].masked_fill(~mask, 0.))).sum(-1)
-    return torch.stack([logp.gather(1, target[:, None])[:, 0], -(p * finite).sum(-1), kl])
+    p, chosen = logp.exp(), logp.gather(1, target[:, None])[:, 0]
+    kl = (p * (logp - llm.log_probs(reference, legal)[0])).sum(-1) if len(reference) else torch.zeros_like(chosen)
+    return torch.stack([chosen, -(p * logp).sum(-1), kl])
 
 MicroBatch = collections.namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # each [n]; row: which episode
 
@@ -82,13 +79,12 @@ def score(llm, episodes, budget, reference=False, adapter="default"):
                   zip(episodes[b].at, episodes[b].round, episodes[b].legal, episodes[b].logp)]
         r, before, target, legal, *played = zip(*sorted(tokens, key=lambda token: token[3] is None))  # choices, then messages
         def read(name):  # hidden states before the sampled tokens
-            with llm.using(name):
+            with llm.using(name), torch.no_grad() if name is None else contextlib.nullcontext():
                 opening = OpeningCache()
                 if P:
                     llm.forward([episodes[batch[0]].ids[:P]], [0], opening)
                 return llm.forward(rows, [P] * len(rows), OpeningCache(opening.kept))[r, before]
-        with torch.no_grad():
-            ref = read(None) if reference else ()
+        ref = read(None) if reference else ()
         hidden, choices = read(adapter), sum(ids is not None for ids in legal)
         slices = [slice(0, choices)] + [slice(k, k + llm.slice) for k in range(choices, len(legal), llm.slice)]
         stats = [checkpoint(functools.partial(token_stats, llm, hidden[s], ref[s], target[s], legal[s]), use_reentrant=False)

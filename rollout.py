@@ -1,10 +1,8 @@
 """Models as players: loading, exact choices, batched play over a kept cache; other players by name; files written whole.
 Axes: B rows (conversations), S tokens, P tokens of the common opening, n sampled tokens, U candidate ids, V vocabulary."""
-import collections, concurrent.futures, contextlib, functools, hashlib, inspect, itertools, json, logging, os, pathlib, warnings
-from dataclasses import field, make_dataclass
+import concurrent.futures, contextlib, dataclasses, functools, hashlib, inspect, json, logging, os, pathlib, warnings
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels while it is imported
 import peft, safetensors.torch, torch, transformers
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from games import Human, Player, Scripted, UserError, players, user_error
 from tiny import Framing, build_trie, load as load_tiny
@@ -40,14 +38,13 @@ def read_tensors(path):
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {"format": "pt"}  # as other programs write it, who know no checksum
         info = metadata.get("info", "")
-        checked = hashlib.sha256(data.replace(info[:64].encode(), b"0" * 64, 1)).hexdigest()
-        if checked != info[:64] and "format" not in metadata:
+        if "format" not in metadata and hashlib.sha256(data.replace(info[:64].encode(), b"0" * 64, 1)).hexdigest() != info[:64]:
             raise ValueError("its checksum is wrong")
         return safetensors.torch.load(data), info[64:]
 
 # A conversation of one seat: `ids`; of each sampled token its place there, round, legal ids (None: all but control), log-prob.
-Episode = make_dataclass("Episode", [(name, list, field(default_factory=list)) for name in "ids at round legal logp".split()],
-                         namespace={"__module__": __name__})  # so that it can be pickled
+Episode = dataclasses.make_dataclass("Episode", [(name, list, dataclasses.field(default_factory=list)) for name in (
+    "ids", "at", "round", "legal", "logp")], namespace={"__module__": __name__})  # so that it can be pickled
 
 class PlayCache(transformers.Cache):
     """Keys and values [2, B, heads, columns, width] per layer; a column is a position in a conversation. Before a pass, `rows`
@@ -58,7 +55,7 @@ class PlayCache(transformers.Cache):
     def update(self, k, v, layer, *args, **kwargs):
         kv = self.kept.get(layer, k.new_zeros(2, len(self.rows), k.shape[1], 0, k.shape[3]))
         if kv.shape[3] < self.columns:
-            kv = self.kept[layer] = F.pad(kv, (0, 0, 0, 2 * self.columns - kv.shape[3]))
+            kv = self.kept[layer] = torch.nn.functional.pad(kv, (0, 0, 0, 2 * self.columns - kv.shape[3]))
         for kept, new in zip(kv, (k, v)):
             kept[self.rows[:, None], :, self.positions] = new.transpose(1, 2)
         return kv[:, self.seen, :, :self.columns]
@@ -93,12 +90,10 @@ class LLM:
     @contextlib.contextmanager
     def using(self, adapter):
         """Run under the adapter of that name, None for the model without any."""
-        if self.model.active_adapter != (adapter or "default"):
-            self.model.set_adapter(adapter or "default")
+        self.model.set_adapter(adapter or "default")
         with self.model.disable_adapter() if adapter is None else contextlib.nullcontext():
             yield
-        if adapter not in (None, "default"):
-            self.model.set_adapter("default")  # the active adapter is the one that requires gradients
+        self.model.set_adapter("default")  # the active adapter is the one that requires gradients
     def forward(self, rows, starts, cache):
         """Last hidden states [B, S, width] of rows of ids (lists) that begin at `starts`. UserError past the model's window."""
         S = max(map(len, rows))
@@ -112,16 +107,16 @@ class LLM:
                             **{self.cache: cache}).last_hidden_state
     def log_probs(self, hidden, legal):
         """hidden [n, width] -> float32 log-probs [n, U] over each row's `legal` ids (as in an Episode; all choices or all
-        messages), -inf elsewhere; the ids [U] of the columns, the only rows of the head computed; and a mask of the legal."""
+        messages), elsewhere about -1e9, so p log p is 0; and the ids [U] of the columns, the only rows of the head computed."""
         weight, bias = self.head.weight, self.head.bias
         if legal[0] is None:
-            columns, mask = torch.arange(len(weight), device=self.device), self.allowed[None]
+            columns, mask = torch.arange(len(weight), device=self.device), self.allowed
         else:
             columns = torch.tensor(sorted(set().union(*legal)), device=self.device)
             kinds = {ids: torch.isin(columns, torch.tensor(ids, device=self.device)) for ids in set(legal)}
             mask = torch.stack([kinds[ids] for ids in legal])
             weight, bias = weight[columns], bias if bias is None else bias[columns]
-        return F.log_softmax(F.linear(hidden, weight, bias).float().masked_fill(~mask, -torch.inf), -1), columns, mask
+        return torch.nn.functional.linear(hidden, weight, bias).float().masked_fill(~mask, -1e9).log_softmax(-1), columns
     def save_adapter(self, folder, adapter="default"):
         """Write an adapter in PEFT's format, each file whole or not at all."""
         os.makedirs(folder, exist_ok=True)
@@ -152,15 +147,15 @@ class Policy(Player):
     def begin(self, seed, keys):
         super().begin(seed, keys)
         self.episodes, self.cache, self.cached = {key: Episode() for key in keys}, PlayCache(), {}  # {key: ids in the cache}
-        self.row = collections.defaultdict(itertools.count().__next__)  # by first turns: who speaks together lies together
+        self.row = {}  # {key: its row}, by first turns: who speaks together lies together
     @torch.no_grad()
     def reply(self, keys, turns):
         """Sampled replies (list of str) to `turns`, all conversations in one batch until the last has finished."""
-        talks = {key: self._say(self.episodes[key], turn) for key, turn in zip(keys, turns)}
-        steps = {key: next(talks[key]) for key in sorted(keys, key=lambda key: self.row[key])}  # its legal ids, or its reply
+        talks = {key: self._say(self.episodes[key], turn) for key, turn in zip(keys, turns)}  # give legal ids, or the reply
+        steps = {key: next(talks[key]) for key in sorted(keys, key=lambda key: self.row.setdefault(key, len(self.row)))}
         with self.llm.using(self.adapter):
             while legal := {key: step for key, step in steps.items() if not isinstance(step, str)}:
-                logp, columns, _ = self.llm.log_probs(self._feed(list(legal)), list(legal.values()))
+                logp, columns = self.llm.log_probs(self._feed(list(legal)), list(legal.values()))
                 cdf = logp.exp().cumsum(-1, dtype=torch.float64)
                 u = torch.tensor([[self.rngs[key].random(dtype="float32")] for key in legal], dtype=torch.float64)
                 pick = torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # > u: no column of mass 0
@@ -172,12 +167,11 @@ class Policy(Player):
         e.ids += self.llm.framing.user(turn.text, first=not e.ids)
         start, end, i, node = len(e.ids), self.llm.framing.end, None, self.llm.trie(turn.choices) if turn.choices else None
         while i != end:
-            if node and len(node) == 1:
-                [i] = node  # the only way on
-            elif not node and len(e.ids) - start == turn.max_tokens:
-                i = end  # cut: this was not its choice
+            legal = tuple(node) if node else (end,) if len(e.ids) - start == turn.max_tokens else None
+            if legal and len(legal) == 1:
+                [i] = legal  # the only way on, or the message is cut: this was not its choice
             else:
-                i, logp = yield (legal := tuple(node) if node else None)
+                i, logp = yield legal
                 for column, value in zip((e.at, e.round, e.legal, e.logp), (len(e.ids), turn.view["round"], legal, logp)):
                     column.append(value)
             e.ids.append(i)
@@ -194,9 +188,8 @@ class Policy(Player):
         new = [ids[start:] for ids, start in zip(talks, starts)]
         self.cache.rows = torch.tensor(rows, device=self.llm.device)
         self.cache.seen = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] < len(rows) else self.cache.rows  # slice: a view
-        hidden = self.llm.forward(new, starts, self.cache)
         self.cached.update((key, len(ids)) for key, ids in zip(keys, talks))
-        return hidden[range(len(keys)), [len(ids) - 1 for ids in new]]
+        return self.llm.forward(new, starts, self.cache)[range(len(keys)), [len(ids) - 1 for ids in new]]
 
 class Api(Player):
     """A chat model behind an OpenAI-compatible endpoint (OPENAI_BASE_URL, OPENAI_API_KEY), asked with plain chat messages.
@@ -247,12 +240,11 @@ def load(name, quant, game, lora_rank=8, seed=0):
 
 def find_agent(name, game, llm):
     """The agent called `name`, or the adapter in the folder `name`, loaded on `llm`. UserError where there is none."""
-    if name in players(game):
-        return Scripted(name)
+    known = {"human": Human(), "base": Policy(llm, None), **{player: Scripted(player) for player in players(game)}}
+    if name in known:
+        return known[name]
     if name.startswith("api:"):
         return Api(name[4:])
-    if name in ("human", "base"):
-        return Human() if name == "human" else Policy(llm, None)
     folder = os.path.join(name, "adapter") if os.path.isdir(os.path.join(name, "adapter")) else name
     if not os.path.isfile(os.path.join(folder, "adapter_model.safetensors")):
         raise UserError(f"no agent is called {name}; give a run's folder, base, human, api:MODEL or {', '.join(players(game))}")

@@ -11,12 +11,11 @@ from games import Match, Scripted, UserError, play, user_error
 # What it is taught, lesson after lesson; the last makes its prior. A lesson: shares of the scripted players, probability of a
 # random reply, longest game (rounds), training steps. Who holds the upper hand is learned in a sudden step, and sooner from
 # short games without noise; returning like for like is taught first too. `tiny-blind` has never seen anyone reciprocate.
-FAIR, RECIPROCAL = ({"cooperate": 1.}, 0., 2, 500), ({"tit_for_tat": .6, "defect": .4}, .05, 10, 350)
+FAIR, MUTUAL = ({"cooperate": 1.}, 0., 2, 500), ({"tit_for_tat": .6, "defect": .4}, .05, 10, 350)
 POPULATIONS = {
-    "tiny": {"matrix": [RECIPROCAL, ({"tit_for_tat": .35, "cooperate": .35, "defect": .2, "random": .1}, .05, 10, 350)],
-             "trust_split": [FAIR, RECIPROCAL,
-                             ({"tit_for_tat": .2, "cooperate": .55, "defect": .04, "liar": .21}, .03, 10, 350)],
-             "split": [FAIR, RECIPROCAL, ({"tit_for_tat": .15, "cooperate": .55, "defect": .3}, .05, 10, 350)]},
+    "tiny": {"matrix": [MUTUAL, ({"tit_for_tat": .35, "cooperate": .35, "defect": .2, "random": .1}, .05, 10, 350)],
+             "trust_split": [FAIR, MUTUAL, ({"tit_for_tat": .2, "cooperate": .55, "defect": .04, "liar": .21}, .03, 10, 350)],
+             "split": [FAIR, MUTUAL, ({"tit_for_tat": .15, "cooperate": .55, "defect": .3}, .05, 10, 350)]},
     "tiny-blind": {"matrix": [FAIR, ({"cooperate": .7, "defect": .3}, .05, 10, 350)]}}
 WIDTH, MLP, LAYERS, HEAD_SCALE, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 32, 3e-3, 4096, 0
 TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}{{'<|assistant|>' if add_generation_prompt}}"
@@ -37,11 +36,8 @@ class Framing:
         names = tokenizer.convert_ids_to_tokens(sorted(self.control))
         self.inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
         talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
-        mine = self.user(talk[0], True)
-        for said, heard in zip(talk[1::2], talk[2::2]):
-            mine += [*self.encode(said), self.end, *self.user(heard)]
-        sent, kept = ("".join(a + b for a, b in zip([first, opened, again, opened, again], talk)) + reply
-                      for opened in (reply, history))
+        sent, kept = ("".join(map("".join, zip([first, lead, again, lead, again], talk))) + reply for lead in (reply, history))
+        mine = [i for i, _ in self.dialogue(talk)]
         if not reply.startswith(history) or self.render(talk) != kept or self.end not in self.control or mine != ids(sent):
             raise UserError("this model's chat template does not append turns to what was there; choose another instruct model")
     def render(self, texts):
@@ -60,6 +56,10 @@ class Framing:
     def user(self, text, first=False):
         """Ids of a user turn and of the opening of the assistant's turn that answers it."""
         return (self.first if first else self.again) + self.encode(text.strip()) + self.reply
+    def dialogue(self, texts):
+        """[(id, 1 if the assistant says it, else 0), ...] of a conversation that begins with the user."""
+        turns = [[*self.encode(text), self.end] if n % 2 else self.user(text, n == 0) for n, text in enumerate(texts)]
+        return [(i, n % 2) for n, turn in enumerate(turns) for i in turn]
 
 def build_trie(replies):
     """Nested dict {id: subtree} over [(ids, reply), ...]; a leaf is the reply. ValueError where one begins, or is, another."""
@@ -74,12 +74,12 @@ def build_trie(replies):
     return root
 
 def conversations(shares, noise, longest, game, count):
-    """`count` games of 1 to `longest` rounds of a scripted population: a list of [(text read, reply), ...], one per seat."""
+    """`count` games of 1 to `longest` rounds of a scripted population: a list of [text read, reply, ...], one per seat."""
     rng = np.random.default_rng(SEED)
     pairs = rng.choice([Scripted(player, noise) for player in shares], size=(count, 2), p=list(shares.values()))
     matches = [Match(n, n, int(rng.integers(1, longest + 1)), pair) for n, pair in enumerate(pairs)]
     play(game, matches, [SEED], 40)
-    return [[(text, reply) for seat, text, reply in match.log if seat == s] for match in matches for s in (0, 1)]
+    return [[text for seat, *both in match.log if seat == s for text in both] for match in matches for s in (0, 1)]
 
 def build_tokenizer(texts):
     """Byte-level BPE without word splitting, so that the fixed phrases of the prompts become single tokens; only hands and
@@ -93,29 +93,21 @@ def build_tokenizer(texts):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=["<|end|>", "<|user|>", "<|assistant|>"]))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE)
 
-def warm_up(tokenizer, lessons):
-    """A fresh Llama trained to give the replies in `lessons`, [(talks, steps)], by cross-entropy, end of turn included."""
+def warm_up(tokenizer, course):
+    """A fresh Llama trained by cross-entropy on the replies, end of turn included, of what each step of `course` draws from."""
     framing, rng = Framing(tokenizer), np.random.default_rng(SEED)
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=4,
         max_position_embeddings=8192, bos_token_id=None, eos_token_id=framing.end, pad_token_id=framing.end))
     model.lm_head.weight.data *= HEAD_SCALE  # adapters leave the head alone; a flat one would cap every probability they reach
-    course = [talks for talks, steps in lessons for _ in range(steps)]  # what each step draws its batch from
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=len(course), pct_start=0.1)
     for talks in tqdm(course, desc="warming up the built-in model (once)", leave=False):
-        batch = []
-        for b in rng.integers(len(talks), size=BATCH):
-            row = []  # [S, 2]: ids, and 1 at those trained on
-            for text, reply in talks[b]:
-                row += [(i, 0) for i in framing.user(text, first=not row)]
-                row += [(i, 1) for i in [*framing.encode(reply), framing.end]]
-            batch.append(torch.tensor(row))
+        batch = [torch.tensor(framing.dialogue(talks[b])) for b in rng.integers(len(talks), size=BATCH)]
         ids, trained = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).unbind(-1)  # [B, S]
-        target, trained = ids[:, 1:], trained[:, 1:] == 1
-        hidden = model.model(ids).last_hidden_state[:, :-1]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[trained]), target[trained])
+        hidden, trained = model.model(ids).last_hidden_state[:, :-1], trained[:, 1:] == 1
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[trained]), ids[:, 1:][trained])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -132,9 +124,9 @@ def load(name, game):
     key = hashlib.sha256(made.encode() + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aa_minimal" / f"{name}-{game}-{key}"
     if not folder.exists():
-        talks = [(conversations(*who, game, GAMES_SEEN), steps) for *who, steps in lessons]
-        tokenizer = build_tokenizer([text for talk in talks[-1][0][:512] for turn in talk for text in turn])
-        model = warm_up(tokenizer, talks)
+        course = [talks for *who, steps in lessons for talks in [conversations(*who, game, GAMES_SEEN)] * steps]
+        tokenizer = build_tokenizer([text for talk in course[-1][:512] for text in talk])
+        model = warm_up(tokenizer, course)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
             model.save_pretrained(fresh)
