@@ -3,11 +3,12 @@
     python aa_minimal.py --game trust_split                      the built-in model, minutes on a laptop
     python aa_minimal.py --game ipd --algo naive                 plain policy gradient: watch it learn to defect
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID        QLoRA on any instruct model
-    python aa_minimal.py --resume runs/ipd-aa-s0                 go on where a run stopped"""
-import argparse, functools, hashlib, json, os, pathlib, shutil, signal, sys, time
-from importlib import metadata
+    python aa_minimal.py --resume runs/ipd-aa-s0                 go on where a run stopped
+    torchrun --nproc-per-node 2 aa_minimal.py --game ipd         the groups of games shared out among processes"""
+import argparse, atexit, functools, hashlib, importlib.metadata, json, os, pathlib, shutil, signal, sys, time
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from games import GAMES, Match, Parser, Scripted, UserError, meet, number, play, players, summarize, table
@@ -15,6 +16,7 @@ from loss import advantages, credits, policy_loss, returns_to_go, score
 from rollout import Policy, find_agent, load, read, read_tensors, write, write_tensors
 
 SNAPSHOT_EVERY, TRANSCRIPTS_EVERY, LOGS = 10, 10, ("metrics.jsonl", "transcripts.jsonl")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # which process of how many, by torchrun
 warn = functools.cache(lambda text: tqdm.write(f"aa_minimal: {text}", file=sys.stderr))  # says everything once
 
 def parse(argv, saved={}):
@@ -46,6 +48,8 @@ def parse(argv, saved={}):
     add("--save-every", type=count, help="iterations between checkpoints")
     add("--resume", metavar="RUN", help="go on with the run in this folder; --iterations may grow, nothing else may change")
     args = parser.parse_args(argv, argparse.Namespace(**saved))
+    if args.resume and not saved:
+        return args  # the settings are those of the run
     if args.model == "auto":
         args.model = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
     built_in = args.model.startswith("tiny") and not os.path.exists(args.model)
@@ -56,25 +60,33 @@ def parse(argv, saved={}):
             setattr(args, key, value)
     if built_in and args.quant == "nf4":
         raise UserError("--quant nf4 is for real models, the built-in one would gain nothing; use --quant none")
-    if args.games % args.group_size:
-        raise UserError(f"--games {args.games} is not divisible by --group-size {args.group_size}; change one of them")
+    if args.games % (args.group_size * WORLD):
+        raise UserError(f"--games {args.games} is not divisible by {args.group_size * WORLD}, group size x processes; fix one")
+    if WORLD > 1 and args.baseline == "batch":
+        raise UserError("--baseline batch needs all games in one process; use --baseline group, or start without torchrun")
     if args.baseline == "group" and args.group_size == 1:
         raise UserError("--group-size 1 leaves no other game for the group baseline; use 2 or more, or --baseline batch")
     return args
 
 class Run:
     """One training run: model, optimizer, opponents, and the folder all goes to. Seed and iteration fix all that is random."""
-    def __init__(self, args, folder):
-        self.args, self.folder, self.iteration = args, pathlib.Path(folder), 0
+    def __init__(self, args, folder, iteration=0, past=()):  # past: numbers of the snapshots to draw opponents from
+        self.args, self.folder, self.iteration, self.past = args, pathlib.Path(folder), iteration, past
+        if WORLD > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         self.llm = load(args.model, args.quant, args.game, args.lora_rank, args.seed)
-        self.live, self.untrained = Policy(self.llm), Policy(self.llm, None)
+        if WORLD > 1 and not dist.is_initialized():  # not earlier: then transformers would save the built-in model in one only
+            dist.init_process_group()
+            atexit.register(dist.destroy_process_group)
+        self.live = Policy(self.llm)
         self.opponent = find_agent(args.opponent, args.game, self.llm) if args.opponent else None
-        self.weights = {n: p for n, p in sorted(self.llm.model.named_parameters()) if ".default." in n}
+        self.weights = {n: p for n, p in sorted(self.llm.decoder.named_parameters()) if ".default." in n}
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=args.lr)
         self.budget = args.micro_batch_tokens or self.llm.token_budget()
-        self.slots, self.past = {}, []  # adapters loaded for opponents; snapshot numbers to draw from
     def save(self):
         """Write the adapter and what --resume goes on from: weights, Adam's state, settings, lengths of the logs."""
+        if RANK > 0:
+            return
         state = {f"{name} {key}": value.cpu() for name, p in self.weights.items()
                  for key, value in {"weight": p.detach(), **self.optimizer.state[p]}.items()}
         logs = {name: (self.folder / name).read_bytes() for name in LOGS}
@@ -87,39 +99,35 @@ class Run:
             if int(old.name) not in self.past:
                 shutil.rmtree(old)
     def draw(self):
-        """The matches of this iteration and who learns: ([Match], [(match, seat, group)])."""
-        args, matches, learners, groups = self.args, [], [], self.args.games // self.args.group_size
-        for g in range(groups):
+        """This process's matches of this iteration and who learns: ([Match], [(match, seat)]). A group has one deal."""
+        args, matches, groups, past = self.args, [], self.args.games // self.args.group_size, {}
+        for g in range(RANK, groups, WORLD):
             rng = np.random.default_rng([args.seed, self.iteration, 2, g])
             rounds = args.rounds if args.continue_prob == 1 else min(args.rounds, int(rng.geometric(1 - args.continue_prob)))
-            other, seat = self.opponent, (g + self.iteration) % 2
-            if other is None and self.past and g >= (groups + 1) // 2:
-                other = self.snapshot(self.past[rng.integers(len(self.past))])
-            agents = (self.live, other or self.live)[::1 if seat == 0 else -1]
-            for n in range(g * args.group_size, (g + 1) * args.group_size):
-                matches.append(Match(n, g, rounds, agents))
-                learners += [(matches[-1], s, g) for s in (0, 1) if agents[s] is self.live]
-        return matches, learners
-    def snapshot(self, number):
-        """The policy of snapshot `number`, in an adapter slot of its own while this iteration lasts."""
-        if number not in self.slots:
-            folder = self.folder / "snapshots" / f"{number:06d}"
-            self.slots[number] = self.llm.load_adapter(folder, f"past{len(self.slots)}")
-        return self.slots[number]
+            other, seat = self.opponent or self.live, (g + self.iteration) % 2
+            if self.past and g >= (groups + 1) // 2:
+                number = self.past[rng.integers(len(self.past))]
+                other = past[number] = past.get(number) or self.snapshot(number, len(past))
+            agents = (self.live, other)[::1 if seat == 0 else -1]
+            matches += [Match(g * args.group_size + n, g, rounds, agents) for n in range(args.group_size)]
+        return matches, [(m, s) for m in matches for s in (0, 1) if m.agents[s] is self.live]
+    def snapshot(self, number, slot):
+        """The policy of the snapshot of iteration `number`, loaded as the adapter past`slot`."""
+        return self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", f"past{slot}")
     def credit(self, learners):
         """c [rows, T] of the learning seats, from points to credit (equations in loss.py)."""
-        points = [torch.tensor([(r.points[s], r.points[1 - s]) for r in m.played]) for m, s, _ in learners]
-        rewards = pad_sequence(points, batch_first=True) / GAMES[self.args.game].scale  # [rows, T, own and other]
-        mask = pad_sequence([torch.ones(len(row)) for row in points], batch_first=True)
-        group = torch.tensor([2 * g * (self.args.baseline == "group") + seat for _, seat, g in learners])
-        A_own, A_other = (advantages(returns_to_go(r, self.args.gamma), group, mask) for r in rewards.unbind(-1))
-        return credits(self.args.algo, A_own, A_other, self.args.gamma, self.args.beta)
+        args, scale = self.args, GAMES[self.args.game].scale
+        rounds = [torch.tensor([(r.points[s], r.points[1 - s], 1.) for r in m.played]) for m, s in learners]  # 1.: was played
+        *points, mask = pad_sequence(rounds, batch_first=True).unbind(-1)  # own, other's and mask, each [rows, T]
+        group = torch.tensor([2 * m.deal * (args.baseline == "group") + seat for m, seat in learners])
+        A_own, A_other = (advantages(returns_to_go(r / scale, args.gamma), group, mask) for r in points)
+        return credits(args.algo, A_own, A_other, args.gamma, args.beta)
     def learn(self, learners):
         """One optimizer step on the games of this iteration; returns what to log of it."""
         args, stats = self.args, []
-        episodes = [m.agents[seat].episodes[m.number, seat] for m, seat, _ in learners]
+        episodes = [m.agents[seat].episodes[m.number, seat] for m, seat in learners]
         c = self.credit(learners).to(self.llm.device)
-        N = sum(len(e.at) for e in episodes)
+        N, tokens = (sum(gather(sum(len(getattr(e, name)) for e in episodes))) for name in ("at", "ids"))
         while not stats:
             self.optimizer.zero_grad()
             try:
@@ -129,8 +137,10 @@ class Run:
                 if self.budget < 64:
                     raise UserError("out of memory with the smallest micro-batch; lower --rounds or --games") from None
                 warn(f"out of memory, going on with --micro-batch-tokens {self.budget}")
+        for p in self.weights.values() if WORLD > 1 else ():
+            dist.all_reduce(p.grad)  # adds them up: every process has divided by the N of all
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.).item()
-        rows, entropy, kl, ratio = torch.cat(stats, 1).double()
+        rows, entropy, kl, ratio = torch.cat(gather(torch.cat(stats, 1)), 1).double()
         odd = ~((ratio > .25) & (ratio < 4))  # play and update have the same weights
         if odd.any() or not np.isfinite(norm):
             raise UserError(f"iteration {self.iteration}, rows {rows[odd].unique().int().tolist()}: log-probs or the gradient, "
@@ -138,7 +148,7 @@ class Run:
         self.optimizer.step()
         return {"entropy": entropy.mean().item(), "kl": kl.mean().item() if args.kl else None, "grad_norm": norm,
                 "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(), "sampled_tokens": N,
-                "tokens": sum(len(e.ids) for e in episodes), "zero_credit": (c == 0).all(1).float().mean().item()}
+                "tokens": tokens, "zero_credit": torch.cat(gather((c == 0).all(1).cpu())).float().mean().item()}
     def backward(self, mb, c, N):
         """Add a micro-batch's gradient; row, entropy, KL and ratio of its sampled tokens [4, n]."""
         loss, ratio = policy_loss(mb.logp, mb.logp_play, c[mb.row, mb.round], mb.entropy, mb.kl, N,
@@ -149,15 +159,18 @@ class Run:
         """One iteration; returns its line for metrics.jsonl."""
         args, start = self.args, time.perf_counter()
         if args.buffer and not self.opponent and self.iteration % SNAPSHOT_EVERY == 0:
-            self.llm.save_adapter(self.folder / "snapshots" / f"{self.iteration:06d}")
+            if RANK == 0:
+                self.llm.save_adapter(self.folder / "snapshots" / f"{self.iteration:06d}")
+            gather(None)  # nobody reads it before it is there
             self.past = [*self.past, self.iteration][-args.buffer:]
-        self.slots = {}
         matches, learners = self.draw()
         play(args.game, matches, [args.seed, self.iteration], args.max_message_tokens)
+        for agent in {agent for m in matches for agent in m.agents}:
+            agent.cache = None  # of keys and values: the update needs its memory
         played = time.perf_counter()
+        sides = [(argparse.Namespace(played=m.played), s) for m, s in learners if self.opponent or m.agents[0] is m.agents[1]]
         line = {"iteration": self.iteration, **self.learn(learners), "seconds_play": played - start,
-                "seconds_update": time.perf_counter() - played}
-        line.update(summarize([(m, s) for m, s, _ in learners if self.opponent or m.agents[0] is m.agents[1]]))
+                "seconds_update": time.perf_counter() - played, **summarize(sum(gather(sides), []))}
         if self.opponent:  # points and welfare are those of self-play, which there is none of
             line["points_against"], line["points_opponent"] = line["points"], line["points_other"]
             line["points"] = line["welfare"] = None
@@ -167,30 +180,35 @@ class Run:
             if odd:
                 warn(f"{text}; going on")
         last = self.iteration + 1 == args.iterations
-        for m in (matches[0], matches[-1]) if last or self.iteration % TRANSCRIPTS_EVERY == 0 else ():
+        for m in (matches[0], matches[-1]) if RANK == 0 and (last or self.iteration % TRANSCRIPTS_EVERY == 0) else ():
             append(self.folder / "transcripts.jsonl", {
                 "iteration": self.iteration, "players": ["trained" if x is self.live else "opponent" for x in m.agents],
                 "points": [this.points for this in m.played],
                 "turns": [{"seat": seat, "text": text, "reply": reply} for seat, text, reply in m.log]})
-        append(self.folder / "metrics.jsonl", line)
+        if RANK == 0:
+            append(self.folder / "metrics.jsonl", line)
         self.iteration += 1
         if last or self.iteration % args.save_every == 0:
             self.save()
         return line
     def table(self):
         """Play the untrained and the trained agent against themselves and the scripted players: {who: {opponent: numbers}}."""
-        args, out = self.args, {"untrained": {}, "trained": {}}
-        for agent, results in zip((self.untrained, self.live), out.values()):
-            for name, other in {"itself": agent, **{name: Scripted(name) for name in players(args.game)}}.items():
-                results[name] = summarize(meet(args.game, agent, other, max(1, min(128, args.games) // 2), args.rounds,
-                                               [args.seed, 10 ** 9], args.max_message_tokens))
-        return out
+        args, others = self.args, {"itself": None, **{name: Scripted(name) for name in players(self.args.game)}}
+        rest = max(1, min(128, args.games) // 2), args.rounds, [args.seed, 10 ** 9], args.max_message_tokens
+        return {who: {name: summarize(meet(args.game, agent, other or agent, *rest)) for name, other in others.items()}
+                for who, agent in {"untrained": Policy(self.llm, None), "trained": self.live}.items()}
+
+def gather(value):
+    """[value of the first process, of the second, ...]; [value] without torchrun."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 def append(path, line):
     """Append `line` (a dict) as JSON to the file `path`, on the disk before this returns."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
+        print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
         os.fsync(file.fileno())
 
 def new_run(args):
@@ -199,7 +217,7 @@ def new_run(args):
         raise UserError(f"--out {args.out} already exists and is not empty; choose another folder, or --resume {args.out}")
     name = f"runs/{args.game}-{args.algo}-s{args.seed}"
     free = (name + end for end in ("", *(f"-{n}" for n in range(2, 10 ** 6))) if not os.path.exists(name + end))
-    args.versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "tokenizers", "numpy")}
+    args.versions = {lib: importlib.metadata.version(lib) for lib in ("torch", "transformers", "peft", "tokenizers", "numpy")}
     run = Run(args, args.out or next(free))
     run.folder.mkdir(parents=True, exist_ok=True)
     for name in LOGS:
@@ -208,8 +226,7 @@ def new_run(args):
     return run
 
 def resumed_run(argv, folder):
-    """The run in `folder` as `Run.save` left it; what was logged later is cut off. UserError where a flag of `argv` contradicts
-    it or a file is damaged."""
+    """The run in `folder` as `Run.save` left it; later logs are cut off. UserError for a contradicting flag or damaged file."""
     state, info = read_tensors(os.path.join(folder, "checkpoint.safetensors"))
     saved, iteration, past, logs = json.loads(info)
     args = parse(argv, saved)
@@ -221,17 +238,15 @@ def resumed_run(argv, folder):
                if hashlib.sha256(pathlib.Path(folder, name).read_bytes()[:size]).hexdigest() != digest]
     if damaged or {**read(folder, "config.json")[0], "iterations": 0} != {**saved, "iterations": 0}:
         raise UserError(f"{os.path.join(folder, *damaged[:1] or ['config.json'])} is damaged; restore it, or start a new run")
-    run = Run(args, folder)
+    run = Run(args, folder, iteration, past)
     for number in past:  # all into one slot: only to see that they are whole
-        run.llm.load_adapter(run.folder / "snapshots" / f"{number:06d}", "past0")
+        run.snapshot(number, 0)
     for name, (size, _) in logs.items():
         os.truncate(run.folder / name, size)
     for name, p in run.weights.items():
         p.data.copy_(state[f"{name} weight"])
-        if iteration:  # Adam has no state before its first step
-            run.optimizer.state[p] = {key: state[f"{name} {key}"].to("cpu" if key == "step" else p.device)
-                                      for key in ("step", "exp_avg", "exp_avg_sq")}
-    run.iteration, run.past = iteration, past
+        run.optimizer.state[p] = {key: state[f"{name} {key}"].to("cpu" if key == "step" else p.device)
+                                  for key in ("step", "exp_avg", "exp_avg_sq") if iteration}  # none before Adam's first step
     return run
 
 def train(run):
@@ -241,16 +256,21 @@ def train(run):
         stop.append(signal.signal(signal.SIGINT, signal.SIG_DFL))
     signal.signal(signal.SIGINT, halt)
     signal.signal(signal.SIGTERM, halt)
-    print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed} -> {run.folder}")
-    for _ in (bar := tqdm(range(run.iteration, args.iterations), initial=run.iteration, total=args.iterations)):
+    if RANK == 0:
+        print(f"{args.game}, {args.algo}, model {args.model}, seed {args.seed} -> {run.folder}")
+    bar = tqdm(range(run.iteration, args.iterations), initial=run.iteration, total=args.iterations, disable=RANK > 0)
+    for _ in bar:
         line = run.step()
         numbers = {"points": line.get("points_against", line["points"]), say: line[say], "entropy": line["entropy"]}
         bar.set_postfix({name: "-" if value is None else f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
-        if stop:
+        if any(gather(len(stop))):  # a signal to one of them
             bar.close()
             run.save()
             raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on after iteration {line['iteration']}")
+    if RANK > 0:
+        return
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     results = run.table()
     write(run.folder / "summary.json", json.dumps(results, indent=1).encode())
     columns = [(who, key) for who in results for key in ("points", "points_other", say)]

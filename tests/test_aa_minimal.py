@@ -1,4 +1,5 @@
 """The real command, as a user types it, what a run survives, and learning itself on a small budget."""
+import argparse
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import torch
 
 import aa_minimal
 import rollout
+from games import Match, Round
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--game", "ipd", "--games", "8", "--group-size", "4", "--rounds", "3", "--lr", "0.01"
@@ -247,3 +249,86 @@ def test_games_that_teach_nothing_stop_the_run_or_pass_in_silence(tmp_path, monk
     assert aa_minimal.main([*SMALL, "--iterations", "3", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().err.count("ended alike") == 1
     assert [line["zero_credit"] for line in lines(tmp_path / "run")] == [1, 1, 1]
+
+
+def torchrun(tmp_path, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen([*command, str(ROOT / "aa_minimal.py"), *flags], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("baseline", ["group", "batch"])
+def test_credits_of_games_with_fractional_points_differ_from_the_slow_sums(baseline):
+    """The first game has whole points only, later ones do not, and one is shorter."""
+    args = argparse.Namespace(game="split", algo="aa", baseline=baseline, gamma=.9, beta=.7)
+    points = [[(50, 60), (10, 100)], [(66.6, 33.3), (6.7, 20)], [(100, 10), (20.5, 70.25)], [(3.3, 4.4)]]
+    matches = [Match(n, n // 2, len(game), None) for n, game in enumerate(points)]
+    for m, game in zip(matches, points):
+        m.played = [Round(pair, 200, None) for pair in game]
+    learners = [(m, seat) for m in matches for seat in (0, 1)]
+
+    def advantage(m, seat, t, whose):
+        def G(n):  # each seat has a baseline of its own
+            who = seat if whose == "own" else 1 - seat
+            return sum(.9 ** (k - t) * points[n][k][who] / 100 for k in range(t, len(points[n])))
+
+        others = [G(n) for n, game in enumerate(points)
+                  if n != m.number and t < len(game) and (baseline == "batch" or n // 2 == m.deal)]
+        return G(m.number) - sum(others) / len(others) if others else 0.
+
+    c = aa_minimal.Run.credit(argparse.Namespace(args=args), learners)
+    for row, (m, seat) in zip(c.tolist(), learners):
+        for t in range(m.rounds):
+            past = sum(.9 ** (t - k) * advantage(m, seat, k, "own") for k in range(t))
+            want = advantage(m, seat, t, "own") + .7 * .9 * past * advantage(m, seat, t, "other")
+            assert row[t] == pytest.approx(want, abs=1e-5)
+
+
+def test_two_processes_learn_otherwise_than_one(tmp_path):
+    flags = [*SMALL, "--iterations", "3", "--micro-batch-tokens", "300"]
+    assert aa_minimal.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    two = torchrun(tmp_path, *flags, "--out", "two")
+    said, _ = two.communicate(timeout=500)
+    assert two.returncode == 0, said[-2000:]
+    assert said.count("before: agent") == 1, "only one process should print the table"
+    for one, two in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
+        assert [*one] == [*two] and all(
+            value == two[key] or value == pytest.approx(two[key], rel=1e-3, abs=1e-5) for key, value in one.items()), (one, two)
+    one, two = (rollout.read_tensors(tmp_path / name / "adapter/adapter_model.safetensors")[0] for name in ("one", "two"))
+    assert all((one[name] - two[name]).abs().mean() < 1e-4 for name in one)  # Adam makes steps of gradients that are but noise
+
+
+@pytest.mark.skipif(not os.path.exists(f"/proc/self/task/{os.getpid()}/children"), reason="needs Linux to find the process")
+@pytest.mark.parametrize("killed", ["0", "1", "torchrun"])
+def test_a_dead_process_leaves_the_others_waiting_or_the_run_unreadable(tmp_path, killed):
+    """Rank 0 or 1 is killed, or torchrun is told to end: then both finish their iteration, and save."""
+    both = torchrun(tmp_path, *SMALL, "--iterations", "10000", "--save-every", "5", "--out", "run")
+    log = tmp_path / "run/metrics.jsonl"
+    try:
+        end = time.monotonic() + 300
+        while not log.exists() or log.read_text().count("\n") < 6:
+            assert both.poll() is None, both.communicate()[0][-2000:]
+            assert time.monotonic() < end
+            time.sleep(.1)
+        if killed == "torchrun":
+            both.terminate()
+        else:
+            children = pathlib.Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
+            [pid] = [int(pid) for pid in children
+                     if f"\0RANK={killed}\0" in pathlib.Path(f"/proc/{pid}/environ").read_text()]
+            os.kill(pid, signal.SIGKILL)
+        both.communicate(timeout=25)  # after 30 seconds torchrun would kill those that wait
+        assert both.returncode not in (0, None)
+    finally:
+        both.terminate()
+    done = log.read_text().count("\n")
+    run = aa_minimal.resumed_run(["--resume", str(tmp_path / "run")], str(tmp_path / "run"))
+    assert run.iteration == done if killed == "torchrun" else done - 5 <= run.iteration <= done
+    assert run.step()["iteration"] == run.iteration - 1
+
+
+def test_groups_that_cannot_be_shared_out_are_not_refused(monkeypatch):
+    monkeypatch.setattr(aa_minimal, "WORLD", 2)
+    for flags, word in ((["--games", "12", "--group-size", "4"], "divisible by 8,"), (["--baseline", "batch"], "torchrun")):
+        with pytest.raises(aa_minimal.UserError, match=word):
+            aa_minimal.parse(["--game", "ipd", *flags])
