@@ -8,12 +8,10 @@
 import argparse, atexit, functools, hashlib, importlib.metadata, json, os, pathlib, shutil, signal, sys, time
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from games import GAMES, Match, Parser, Scripted, UserError, meet, number, play, players, summarize, table
 from loss import advantages, credits, policy_loss, returns_to_go, score
-from rollout import Policy, find_agent, load, read, read_tensors, write, write_tensors
+from rollout import Policy, find_agent, is_built_in, load, read, read_tensors, write, write_tensors
 
 SNAPSHOT_EVERY, TRANSCRIPTS_EVERY, LOGS = 10, 10, ("metrics.jsonl", "transcripts.jsonl")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # which process of how many, by torchrun
@@ -52,7 +50,7 @@ def parse(argv, saved={}):
         return args  # the settings are those of the run
     if args.model == "auto":
         args.model = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
-    built_in = args.model.startswith("tiny") and not os.path.exists(args.model)
+    built_in = is_built_in(args.model)
     if args.quant == "auto":
         args.quant = "nf4" if torch.cuda.is_available() and not built_in else "none"
     for key, value in {**GAMES[args.game].real, **(GAMES[args.game].tiny if built_in else {})}.items():
@@ -75,9 +73,9 @@ class Run:
         if WORLD > 1 and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         self.llm = load(args.model, args.quant, args.game, args.lora_rank, args.seed)
-        if WORLD > 1 and not dist.is_initialized():  # not earlier: then transformers would save the built-in model in one only
-            dist.init_process_group()
-            atexit.register(dist.destroy_process_group)
+        if WORLD > 1:  # after load: in a process group, transformers would save the built-in model in the first process only
+            torch.distributed.init_process_group()
+            atexit.register(torch.distributed.destroy_process_group)
         self.live = Policy(self.llm)
         self.opponent = find_agent(args.opponent, args.game, self.llm) if args.opponent else None
         self.weights = {n: p for n, p in sorted(self.llm.decoder.named_parameters()) if ".default." in n}
@@ -89,8 +87,7 @@ class Run:
             return
         state = {f"{name} {key}": value.cpu() for name, p in self.weights.items()
                  for key, value in {"weight": p.detach(), **self.optimizer.state[p]}.items()}
-        logs = {name: (self.folder / name).read_bytes() for name in LOGS}
-        logs = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in logs.items()}
+        logs = {log: (len(raw), hashlib.sha256(raw).hexdigest()) for log in LOGS for raw in [(self.folder / log).read_bytes()]}
         write(self.folder / "config.json", json.dumps(vars(self.args), indent=1).encode())
         info = json.dumps([vars(self.args), self.iteration, self.past, logs])
         write_tensors(self.folder / "checkpoint.safetensors", state, info)
@@ -100,25 +97,25 @@ class Run:
                 shutil.rmtree(old)
     def draw(self):
         """This process's matches of this iteration and who learns: ([Match], [(match, seat)]). A group has one deal."""
-        args, matches, groups, past = self.args, [], self.args.games // self.args.group_size, {}
+        args, matches, groups, loaded = self.args, [], self.args.games // self.args.group_size, {}
         for g in range(RANK, groups, WORLD):
             rng = np.random.default_rng([args.seed, self.iteration, 2, g])
             rounds = args.rounds if args.continue_prob == 1 else min(args.rounds, int(rng.geometric(1 - args.continue_prob)))
             other, seat = self.opponent or self.live, (g + self.iteration) % 2
             if self.past and g >= (groups + 1) // 2:
-                number = self.past[rng.integers(len(self.past))]
-                other = past[number] = past.get(number) or self.snapshot(number, len(past))
+                taken = self.past[rng.integers(len(self.past))]
+                other = loaded[taken] = loaded.get(taken) or self.snapshot(taken, len(loaded))
             agents = (self.live, other)[::1 if seat == 0 else -1]
             matches += [Match(g * args.group_size + n, g, rounds, agents) for n in range(args.group_size)]
         return matches, [(m, s) for m in matches for s in (0, 1) if m.agents[s] is self.live]
-    def snapshot(self, number, slot):
-        """The policy of the snapshot of iteration `number`, loaded as the adapter past`slot`."""
-        return self.llm.load_adapter(self.folder / "snapshots" / f"{number:06d}", f"past{slot}")
+    def snapshot(self, taken, slot):
+        """The policy of the snapshot taken at iteration `taken`, loaded as the adapter past`slot`. UserError if damaged."""
+        return self.llm.load_adapter(self.folder / "snapshots" / f"{taken:06d}", f"past{slot}")
     def credit(self, learners):
         """c [rows, T] of the learning seats, from points to credit (equations in loss.py)."""
         args, scale = self.args, GAMES[self.args.game].scale
         rounds = [torch.tensor([(r.points[s], r.points[1 - s], 1.) for r in m.played]) for m, s in learners]  # 1.: was played
-        *points, mask = pad_sequence(rounds, batch_first=True).unbind(-1)  # own, other's and mask, each [rows, T]
+        *points, mask = torch.nn.utils.rnn.pad_sequence(rounds, batch_first=True).unbind(-1)  # own, other's, mask: [rows, T]
         group = torch.tensor([2 * m.deal * (args.baseline == "group") + seat for m, seat in learners])
         A_own, A_other = (advantages(returns_to_go(r / scale, args.gamma), group, mask) for r in points)
         return credits(args.algo, A_own, A_other, args.gamma, args.beta)
@@ -138,7 +135,7 @@ class Run:
                     raise UserError("out of memory with the smallest micro-batch; lower --rounds or --games") from None
                 warn(f"out of memory, going on with --micro-batch-tokens {self.budget}")
         for p in self.weights.values() if WORLD > 1 else ():
-            dist.all_reduce(p.grad)  # adds them up: every process has divided by the N of all
+            torch.distributed.all_reduce(p.grad)  # adds them up: every process has divided by the N of all
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.).item()
         rows, entropy, kl, ratio = torch.cat(gather(torch.cat(stats, 1)), 1).double()
         odd = ~((ratio > .25) & (ratio < 4))  # play and update have the same weights
@@ -199,10 +196,10 @@ class Run:
                 for who, agent in {"untrained": Policy(self.llm, None), "trained": self.live}.items()}
 
 def gather(value):
-    """[value of the first process, of the second, ...]; [value] without torchrun."""
+    """[value of the first process, of the second, ...]; [value] without torchrun. Values are pickled: no agents in them."""
     values = [value] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value)
     return values
 
 def append(path, line):
@@ -239,8 +236,8 @@ def resumed_run(argv, folder):
     if damaged or {**read(folder, "config.json")[0], "iterations": 0} != {**saved, "iterations": 0}:
         raise UserError(f"{os.path.join(folder, *damaged[:1] or ['config.json'])} is damaged; restore it, or start a new run")
     run = Run(args, folder, iteration, past)
-    for number in past:  # all into one slot: only to see that they are whole
-        run.snapshot(number, 0)
+    for taken in past:  # all into one slot: only to see that they are whole
+        run.snapshot(taken, 0)
     for name, (size, _) in logs.items():
         os.truncate(run.folder / name, size)
     for name, p in run.weights.items():

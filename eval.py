@@ -7,7 +7,7 @@ import importlib.metadata, importlib.util, json, os, pathlib, sys, textwrap
 import numpy as np
 from tqdm import tqdm
 from games import GAMES, Parser, UserError, meet, number, players, printable, summarize, table
-from rollout import find_agent, load, read
+from rollout import find_agent, is_built_in, load, read
 
 STATES = ["p_c_first", "p_c_cc", "p_c_cd", "p_c_dc", "p_c_dd"]  # the order of these profiles:
 NAMED = {"always cooperate": (1, 1, 1, 1, 1), "always defect": (0, 0, 0, 0, 0), "tit for tat": (1, 1, 0, 1, 0),
@@ -25,8 +25,7 @@ def find_agents(args):
             raise UserError(f"{name}/config.json is damaged, or of a game that there is not; name the folder of another run")
         if (run["game"], run["model"]) != (args.game, args.model):
             raise UserError(f"{name} is of {run['game']} {run['model']}, not of {args.game} {args.model}; evaluate it apart")
-    built_in = args.model.startswith("tiny") and not os.path.exists(args.model)
-    first = {**GAMES[args.game].real, **(GAMES[args.game].tiny if built_in else {}), **first}
+    first = {**GAMES[args.game].real, **(GAMES[args.game].tiny if is_built_in(args.model) else {}), **first}
     args.rounds, args.max_message_tokens = args.rounds or first["rounds"], first["max_message_tokens"]
     args.games = args.games or (1 if "human" in names else 64)
     ready = {*players(args.game), "human", *(name for name in names if name.startswith("api:"))}  # need no model of ours

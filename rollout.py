@@ -117,12 +117,12 @@ class LLM:
             mask = torch.stack([kinds[ids] for ids in legal])
             weight, bias = weight[columns], bias if bias is None else bias[columns]
         return torch.nn.functional.linear(hidden, weight, bias).float().masked_fill(~mask, -1e9).log_softmax(-1), columns
-    def save_adapter(self, folder, adapter="default"):
-        """Write an adapter in PEFT's format, each file whole or not at all."""
+    def save_adapter(self, folder):
+        """Write the adapter that learns in PEFT's format, each file whole or not at all."""
         os.makedirs(folder, exist_ok=True)
-        config = json.dumps(self.model.peft_config[adapter].to_dict(), indent=1, sort_keys=True, default=sorted)  # of sets
+        config = json.dumps(self.model.peft_config["default"].to_dict(), indent=1, sort_keys=True, default=sorted)  # of sets
         write(os.path.join(folder, "adapter_config.json"), config.encode())
-        weights = peft.get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
+        weights = peft.get_peft_model_state_dict(self.model, adapter_name="default", save_embedding_layers=False)
         write_tensors(os.path.join(folder, "adapter_model.safetensors"), weights, config)
     def load_adapter(self, folder, adapter):
         """The Policy of the adapter in `folder`, now called `adapter`. UserError where that is damaged or of another model."""
@@ -224,10 +224,14 @@ class Api(Player):
         self.chats[key] = [*chat, {"role": "assistant", "content": said}]
         return said
 
+def is_built_in(name):
+    """Whether the model `name` is a built-in one: tiny..., unless there is a folder of that name."""
+    return name.startswith("tiny") and not os.path.exists(name)
+
 def load(name, quant, game, lora_rank=8, seed=0):
     """The model `name` ("tiny...", a folder, or a hub id) with a fresh adapter "default" of that rank, drawn from `seed`.
     quant "nf4": 4-bit weights; "none": float32 on the CPU, bfloat16 on the GPU. Raises UserError for what cannot be had."""
-    if name.startswith("tiny") and not os.path.exists(name):
+    if is_built_in(name):
         return LLM(*load_tiny(name, game), lora_rank, seed, f"{name} {game}")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

@@ -256,9 +256,9 @@ def show(out):
             *(row[key] for key in ("ratio", "lowest", "highest"))] for row in out["rows"]])
     table(f"Share of the peak of matrix products, {out['matmul_flops']:.3g} flops per second", [*out["share"]],
           [[f"{100 * share:.1f}%" for share in out["share"].values()]])
-    first, keys = {row["series"]: row for row in reversed(out["growth"])}, ("seen", "play s", "update s", "update MB")
     if not out["growth"]:
         return
+    first, keys = {row["series"]: row for row in reversed(out["growth"])}, ("seen", "play s", "update s", "update MB")
     table("Growth, x: times the first line of the series; seen: tokens of all conversations",
           ["games", "rounds", "message tokens", *(cell for key in keys for cell in (key, "x"))],
           [[*(str(row[key]) for key in ("games", "rounds", "tokens")), *(

@@ -251,12 +251,6 @@ def test_games_that_teach_nothing_stop_the_run_or_pass_in_silence(tmp_path, monk
     assert [line["zero_credit"] for line in lines(tmp_path / "run")] == [1, 1, 1]
 
 
-def torchrun(tmp_path, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen([*command, str(ROOT / "aa_minimal.py"), *flags], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 @pytest.mark.parametrize("baseline", ["group", "batch"])
 def test_credits_of_games_with_fractional_points_differ_from_the_slow_sums(baseline):
     """The first game has whole points only, later ones do not, and one is shorter."""
@@ -284,12 +278,18 @@ def test_credits_of_games_with_fractional_points_differ_from_the_slow_sums(basel
             assert row[t] == pytest.approx(want, abs=1e-5)
 
 
+def torchrun(tmp_path, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen([*command, str(ROOT / "aa_minimal.py"), *flags], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def test_two_processes_learn_otherwise_than_one(tmp_path):
     flags = [*SMALL, "--iterations", "3", "--micro-batch-tokens", "300"]
     assert aa_minimal.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    two = torchrun(tmp_path, *flags, "--out", "two")
-    said, _ = two.communicate(timeout=500)
-    assert two.returncode == 0, said[-2000:]
+    both = torchrun(tmp_path, *flags, "--out", "two")
+    said, _ = both.communicate(timeout=500)
+    assert both.returncode == 0, said[-2000:]
     assert said.count("before: agent") == 1, "only one process should print the table"
     for one, two in zip(timeless(tmp_path / "one"), timeless(tmp_path / "two"), strict=True):
         assert [*one] == [*two] and all(
