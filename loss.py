@@ -1,92 +1,94 @@
-"""Returns, advantages, the three credits, the policy loss: pure functions of tensors; and the scoring pass of the update.
-Axes: B games (rows), T rounds, n sampled tokens. Shorter rows are padded with zeros. Symbols follow arXiv 2511.19405."""
-import collections, contextlib, functools, os
-import torch, transformers
-from torch.utils.checkpoint import checkpoint
+"""The mathematics: returns, advantages, credits and the policy loss. Read this file first.
+
+Pure functions of tensors, in the symbols of arXiv 2511.19405. A batch of games goes through
+
+    rewards r --returns_to_go--> G --advantages--> A --CREDITS[name]--> c --policy_loss--> loss
+
+Axes: B games (rows), T rounds, n sampled tokens. Rows of shorter games are padded with zeros. To
+add a credit, write a function of (A_own, A_other, gamma, beta), name it in CREDITS: `--algo NAME`.
+"""
+
+import torch
+
 
 def returns_to_go(rewards, gamma):
-    """G[b,t] = sum over k >= t of gamma^(k-t) r[b,k].  rewards [B, T] (zero past a row's end) -> [B, T]."""
-    G = rewards.clone()
-    for t in reversed(range(G.shape[1] - 1)):
-        G[:, t] += gamma * G[:, t + 1]
-    return G
+    """G[b,t] = sum_{k>=t} gamma^(k-t) r[b,k].  rewards [B, T], 0 past a game's end -> [B, T]."""
+    returns = rewards.clone()
+    for t in reversed(range(returns.shape[1] - 1)):
+        returns[:, t] += gamma * returns[:, t + 1]
+    return returns
 
-def advantages(G, group, mask):
-    """A[b,t] = G[b,t] - mean of G[b',t] over the other rows b' of the group: leave one out, no standard deviation.
-    G [B, T] returns-to-go, group [B] int (rows with the same number share a baseline), mask [B, T] 1 where round t was
-    played -> [B, T]; zero where not played, and where no other row of the group played round t."""
-    same = (group[:, None] == group).to(G.dtype)
-    same.fill_diagonal_(0)  # the others only: a row's own return in its baseline would bias the gradient
-    others = same @ mask
-    return (G - same @ (G * mask) / others.clamp(min=1)) * mask * (others > 0)
 
-def credits(algo, A_own, A_other, gamma, beta):
-    """What every sampled token of round t is multiplied with. A_own, A_other [B, T] -> c [B, T].
-    naive  c = A_own                    each for itself
-    sum    c = A_own + A_other          cooperative baseline: everyone maximises the joint score
-    aa     c[t] = A_own[t] + beta gamma sum over k < t of gamma^(t-k) A_own[k] A_other[t]      (Advantage Alignment)
-    Its second term favours what helps the other after rounds good for oneself: reciprocity. ValueError for another name."""
-    past = torch.zeros_like(A_own)  # sum over k < t of gamma^(t-k) A_own[k]: what returns to go are, with time reversed
-    past[:, 1:] = gamma * returns_to_go(A_own.flip(1), gamma).flip(1)[:, :-1]
-    c = {"naive": A_own, "sum": A_own + A_other, "aa": A_own + beta * gamma * past * A_other}
-    if algo not in c:
-        raise ValueError(f"no credit is called {algo!r}")
-    return c[algo]
+def advantages(returns, group, played):
+    """A[b,t] = G[b,t] - mean of G[b',t] over the other games b' of the group: leave one out.
 
-def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_coef, cut=2.):
-    """-sum w c log p / N - entropy_coef H + kl_coef KL, over one micro-batch of n tokens.
-    logp, entropy, kl [n] under the weights being trained, logp_play and credit [n] from the rollout. `total` is N, the
-    sampled tokens of the whole batch, so that summing over micro-batches gives the same gradient however they are cut.
-    w = min(p / p_play, cut), detached, is the truncated importance weight. Returns (scalar loss, ratios p / p_play [n])."""
+    No critic, no division by a standard deviation. A game's own return stays out of its baseline,
+    where it would bias the gradient.
+    returns [B, T]; group [B], int, the same for games that share a baseline; played [B, T], 1 where
+    game b has a round t, else 0 -> [B, T], 0 where no other game of the group has a round t."""
+    same_group = (group[:, None] == group[None, :]).to(returns.dtype)  # [B, B]
+    same_group.fill_diagonal_(0)
+    others = same_group @ played  # [B, T]: how many other games of the group have a round t
+    baseline = same_group @ (returns * played) / others.clamp(min=1)
+    return (returns - baseline) * played * (others > 0)
+
+
+def discounted_past(A, gamma):
+    """past[b,t] = sum_{k<t} gamma^(t-k) A[b,k], zero in the first round.  A [B, T] -> [B, T]."""
+    past = torch.zeros_like(A)
+    for t in range(1, A.shape[1]):
+        past[:, t] = gamma * (past[:, t - 1] + A[:, t - 1])
+    return past
+
+
+# The credits c [B, T]: what every sampled token of round t is multiplied with. A_own and A_other
+# [B, T] are the advantages of the learning seat and of the other one.
+def naive(A_own, A_other, gamma, beta):
+    """c = A_own: each for itself (plain policy gradient)."""
+    return A_own
+
+
+def joint(A_own, A_other, gamma, beta):
+    """c = A_own + A_other: everyone maximises the sum of both scores."""
+    return A_own + A_other
+
+
+def advantage_alignment(A_own, A_other, gamma, beta):
+    """c[t] = A_own[t] + beta gamma sum_{k<t} gamma^(t-k) A_own[k] A_other[t], as published.
+
+    The second term rewards what helps the other after rounds that were good for oneself, and what
+    harms it after bad ones: reciprocity. (The gamma in front is in the authors' code only.)"""
+    return A_own + beta * gamma * discounted_past(A_own, gamma) * A_other
+
+
+def causal_alignment(A_own, A_other, gamma, beta):
+    """c[t] = A_own[t] + beta gamma (past[t] - S[t] A_own[t]) A_other[t]: the past ends at round t.
+
+    In the published product, A_own[k] of a past round k is a whole return-to-go, so it also holds
+    what the act at t does to oneself *later*. A false move that ruins the game for both makes
+    A_own[k] and A_other[t] negative, and their product rewards it. Split that return at round t:
+        G[k] = (sum_{k<=j<t} gamma^(j-k) r[j])  +  gamma^(t-k) G[t]
+    The group's baseline is linear in the returns, so A_own[k] - gamma^(t-k) A_own[t] is exactly
+    the advantage of the first part, the rewards of rounds k to t-1. (Exactly, where the games of a
+    group have the same number of rounds, as with `--baseline group`.) In place of A_own[k] it gives
+        sum_{k<t} gamma^(t-k) (A_own[k] - gamma^(t-k) A_own[t]) = past[t] - S[t] A_own[t]
+        past[t] = sum_{k<t} gamma^(t-k) A_own[k],   S[t] = sum_{k<t} gamma^(2(t-k))"""
+    S = discounted_past(torch.ones_like(A_own), gamma**2)
+    past = discounted_past(A_own, gamma) - S * A_own
+    return A_own + beta * gamma * past * A_other
+
+
+CREDITS = {"aa_causal": causal_alignment, "aa": advantage_alignment, "naive": naive, "sum": joint}
+
+
+def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_coef, cut=2.0):
+    """-sum w c log p / N - entropy_coef H + kl_coef KL, over a micro-batch of n sampled tokens.
+
+    logp, entropy, kl [n], in nats, under the weights being trained; logp_play [n] when the token
+    was sampled; credit [n] of its round. total: N, the sampled tokens of the *whole* batch, so that
+    the gradients of micro-batches add up to the same however it was cut. w = min(p / p_play, cut),
+    detached, is a truncated importance weight: 1 but for rounding. -> (loss, p / p_play [n])"""
     ratio = (logp.detach() - logp_play).exp()
-    per_token = -ratio.clamp(max=cut) * credit * logp - entropy_coef * entropy + kl_coef * kl
+    weight = ratio.clamp(max=cut)
+    per_token = -weight * credit * logp - entropy_coef * entropy + kl_coef * kl
     return per_token.sum() / total, ratio
-
-class OpeningCache(transformers.Cache):
-    """Keeps the keys and values [1, heads, P, width] of the common opening, {layer: (k, v)}; given those, puts them before
-    every row's. Then it keeps nothing, so gradient checkpointing may run a layer twice."""
-    def __init__(self, opening=()):
-        super().__init__(layers=[])
-        self.opening, self.kept = opening, {}
-    def update(self, k, v, layer, *args, **kwargs):
-        if layer in self.opening:
-            return [torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in zip(self.opening[layer], (k, v))]
-        self.kept[layer] = k, v
-        return k, v
-
-def token_stats(llm, hidden, reference, target, legal):
-    """Log-prob of the `target` ids (list), entropy, and KL to the model that gave `reference` (hidden states, or () for 0),
-    all on the set each token was sampled from: hidden [n, width] -> [3, n], in nats. `legal` as in LLM.log_probs."""
-    logp, columns = llm.log_probs(hidden, legal)
-    target = torch.searchsorted(columns, torch.tensor(target, device=hidden.device))
-    p, chosen = logp.exp(), logp.gather(1, target[:, None])[:, 0]
-    kl = (p * (logp - llm.log_probs(reference, legal)[0])).sum(-1) if len(reference) else torch.zeros_like(chosen)
-    return torch.stack([chosen, -(p * logp).sum(-1), kl])
-
-MicroBatch = collections.namedtuple("MicroBatch", "row round logp_play logp entropy kl")  # each [n]; row: which episode
-
-def score(llm, episodes, budget, reference=False, adapter="default"):
-    """Yield all sampled tokens of `episodes` in MicroBatches of at most `budget` tokens (less the opening), longest first.
-    The opening that all rows share is one row of every micro-batch, with its gradient: its keys and values are expanded to all
-    rows, so a long prompt costs little. `reference` asks for the KL to the model without adapter."""
-    order = sorted((b for b, e in enumerate(episodes) if e.at), key=lambda b: -len(episodes[b].ids))
-    P = min([len(os.path.commonprefix([episodes[b].ids for b in order])), *(episodes[b].at[0] - 1 for b in order)])
-    while order:
-        n = max(1, budget // (len(episodes[order[0]].ids) - P))
-        batch, order = order[:n], order[n:]
-        rows = [episodes[b].ids[P:episodes[b].at[-1]] for b in batch]  # what follows the last sampled token is not needed
-        tokens = [(r, at - 1 - P, episodes[b].ids[at], legal, b, t, logp) for r, b in enumerate(batch) for at, t, legal, logp in
-                  zip(episodes[b].at, episodes[b].round, episodes[b].legal, episodes[b].logp)]
-        r, before, target, legal, *played = zip(*sorted(tokens, key=lambda token: token[3] is None))  # choices, then messages
-        def read(name):  # hidden states before the sampled tokens
-            with llm.using(name), torch.no_grad() if name is None else contextlib.nullcontext():
-                opening = OpeningCache()
-                if P:
-                    llm.forward([episodes[batch[0]].ids[:P]], [0], opening)
-                return llm.forward(rows, [P] * len(rows), OpeningCache(opening.kept))[r, before]
-        ref = read(None) if reference else ()
-        hidden, choices = read(adapter), sum(ids is not None for ids in legal)
-        slices = [slice(0, choices)] + [slice(k, k + llm.slice) for k in range(choices, len(legal), llm.slice)]
-        stats = [checkpoint(functools.partial(token_stats, llm, hidden[s], ref[s], target[s], legal[s]), use_reentrant=False)
-                 for s in slices if legal[s]]  # partial, since checkpoint takes its arguments apart, every tuple in `legal`
-        yield MicroBatch(*(torch.tensor(column, device=hidden.device) for column in played), *torch.cat(stats, 1))

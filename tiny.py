@@ -1,136 +1,291 @@
-"""The built-in model, which needs no download and no GPU; and the chat framing, which it shares with every other model.
-A Llama of about 2x10^5 parameters, warmed up by imitation of scripted players, stands where an instruct model would."""
-import contextlib, functools, hashlib, os, pathlib, re, tempfile
+"""What stands before a language model can play: the chat framing, and the built-in model.
+
+`Framing` learns from a tokenizer's chat template what to put around texts; every model uses it.
+The built-in model is a Llama of about 2x10^5 weights that is warmed up by imitation of scripted
+players, once per game, and then stands where an instruct model would: no download, no GPU."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import secrets
+import sys
+import tempfile
+import warnings
+from collections import namedtuple
+
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, __version__ as transformers_version
-from games import Match, Scripted, UserError, play, user_error
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# What it is taught, lesson after lesson; the last makes its prior. A lesson: shares of the scripted players, probability of a
-# random reply, longest game (rounds), training steps. Who holds the upper hand is learned in a sudden step, and sooner from
-# short games without noise; returning like for like is taught first too. `tiny-blind` has never seen anyone reciprocate.
-FAIR, MUTUAL = ({"cooperate": 1.}, 0., 2, 500), ({"tit_for_tat": .6, "defect": .4}, .05, 10, 350)
-POPULATIONS = {
-    "tiny": {"matrix": [MUTUAL, ({"tit_for_tat": .35, "cooperate": .35, "defect": .2, "random": .1}, .05, 10, 350)],
-             "trust_split": [FAIR, MUTUAL, ({"tit_for_tat": .2, "cooperate": .55, "defect": .04, "liar": .21}, .03, 10, 350)],
-             "split": [FAIR, MUTUAL, ({"tit_for_tat": .15, "cooperate": .55, "defect": .3}, .05, 10, 350)]},
-    "tiny-blind": {"matrix": [FAIR, ({"cooperate": .7, "defect": .3}, .05, 10, 350)]}}
-WIDTH, MLP, LAYERS, HEAD_SCALE, BATCH, LR, GAMES_SEEN, SEED = 64, 256, 2, 20., 32, 3e-3, 4096, 0
-TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}{{'<|assistant|>' if add_generation_prompt}}"
+from games import Match, Scripted, play
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels when imported
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's calls
+
+
+# Imitation of a population of scripted players: {name: share}, chance of a random reply, rounds of
+# the longest game, training steps.
+Lesson = namedtuple("Lesson", "shares noise rounds steps")
+# What the built-in models are taught, lesson after lesson; the last one makes the prior. Who holds
+# the upper hand is learned in a sudden step, sooner from short games without noise. Returning like
+# for like is taught too, but in tiny-blind, which has never seen anyone reciprocate.
+FAIR = Lesson({"cooperate": 1.0}, 0.0, 2, 500)
+MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 350)
+MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
+TRUST = {"tit_for_tat": 0.2, "cooperate": 0.55, "defect": 0.04, "liar": 0.21}
+SPLIT = {"tit_for_tat": 0.15, "cooperate": 0.55, "defect": 0.3}
+LESSONS = {  # by model and game; matrix games are taught alike
+    ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
+    ("tiny", "trust_split"): [FAIR, MUTUAL, Lesson(TRUST, 0.03, 10, 350)],
+    ("tiny", "split"): [FAIR, MUTUAL, Lesson(SPLIT, 0.05, 10, 350)],
+    ("tiny-blind", "matrix"): [FAIR, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
+}
+BUILT_IN = {model for model, _ in LESSONS}
+TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
+TEMPLATE += "{{'<|assistant|>' if add_generation_prompt}}"
+# With today's date, a run that is resumed tomorrow would read other prompts.
+DATE = "1 January 2026"
+FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right: printed as one line, exit code 2."""
+
+
+@contextlib.contextmanager
+def user_error(problem, remedy):
+    """Make a UserError of what goes wrong inside: the problem, the library's words, the remedy."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries raise whatever they like
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"{problem} ({words}); {remedy}") from error
+
+
+def refuse(why):
+    """UserError for a chat template that cannot be used."""
+    raise UserError(f"this model's chat template {why}; choose another instruct model")
+
 
 class Framing:
-    """The ids that open and close the turns of a chat, learned from the tokenizer's template. UserError where appending turns
-    does not reproduce it. The one exception: what only the last reply is opened with (Qwen3's empty thinking block) stays in
-    the history too, so that play and update see the same conversation.
-    first: all before the first user text; reply: closes a user turn and opens the assistant's; end: the end-of-turn token,
-    part of the action; again: what follows it, up to the next user text; control: ids no quoted or sampled text may hold."""
+    """What a chat template puts around texts, so that turns can be appended to a conversation.
+    first: before the first user text. opener: closes a user turn, opens its reply; prefix: what
+    past replies have besides. end: id of the end-of-turn token, part of the action. again: from
+    there to the next user text. control: ids of added tokens, which no quoted or sampled text may
+    hold. What only the last reply is opened with (Qwen3's empty thought) stays in the history: play
+    and update read the same. UserError where else appending is not what the template does."""
+
     def __init__(self, tokenizer):
-        self.tokenizer, ids = tokenizer, functools.partial(tokenizer.encode, add_special_tokens=False)
-        first, history, again, *_, reply = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
-        self.first, self.reply, (self.end, *self.again) = ids(first), ids(reply), ids(again) or [-1]
-        frame, special = {*self.first, *self.reply, self.end, *self.again}, set(tokenizer.all_special_ids)
-        self.control = special | {i for i, token in tokenizer.added_tokens_decoder.items()
-                                  if token.special or i in frame and token.content.strip()}  # not a mere line break
-        names = tokenizer.convert_ids_to_tokens(sorted(self.control))
-        self.inside = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names if len(n) > 1))
-        talk = ["Question: 1 or 2?", "A", 'The other says: "Hi."\nHow many?', "10 0 5", "Go on."]
-        sent, kept = ("".join(map("".join, zip([first, lead, again, lead, again], talk))) + reply for lead in (reply, history))
-        mine = [i for i, _ in self.dialogue(talk)]
-        if not reply.startswith(history) or self.render(talk) != kept or self.end not in self.control or mine != ids(sent):
-            raise UserError("this model's chat template does not append turns to what was there; choose another instruct model")
-    def render(self, texts):
-        """The template's text for a conversation that begins with the user and is to be answered."""
-        chat = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
-        with user_error("this model has no usable chat template", "choose an instruct model"):  # a fixed date: repeatable runs
-            out = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False,
-                                                     date_string="1 January 2026")
-            assert all(text in out for text in texts), "it drops what was said"
-        return out
-    @functools.lru_cache(5_000)
-    def encode(self, text):
-        """Ids of plain text; a control token spelled out in it stays text, since it is cut inside every such name."""
-        pieces = self.tokenizer(self.inside.split(text), add_special_tokens=False).input_ids
-        return [i for piece in pieces for i in piece if i not in self.control]
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.control = {i for i, token in added if token.content.strip()}  # line breaks are text
+        self.hide_control_tokens()
+        self.learn_frames()
+        self.user = functools.lru_cache(5000)(self.user)  # most turns are said again and again
+        self.trie = functools.lru_cache(100)(self.trie)
+
+    def hide_control_tokens(self):
+        """Make a twin of the tokenizer that knows the control tokens by secret names only.
+        It reads frame and text together, and a control token spelled out in a text stays text."""
+        with user_error("this model's tokenizer cannot be used", "choose another model"):
+            state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        state["added_tokens"], state["post_processor"] = [], None
+        self.secrets, added = {}, {}  # {control token: its secret name}, {id: added token}
+        for i, token in self.tokenizer.added_tokens_decoder.items():
+            if i in self.control:
+                self.secrets[token.content] = f"<{secrets.token_hex(8)}>"
+            name = self.secrets.get(token.content, token.content)
+            flags = dict(lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized)
+            added[i] = AddedToken(name, special=token.special, **flags)
+        self.twin = Tokenizer.from_str(json.dumps(state))
+        self.twin.add_tokens(list(added.values()))
+        self.true_ids = {self.twin.token_to_id(token.content): i for i, token in added.items()}
+        names = sorted(self.secrets, key=len, reverse=True)
+        self.any_control = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def encode(self, *parts):
+        """Ids of `parts` as one string; in turn a frame of the template and a text."""
+        parts = list(parts)
+        for n in range(0, len(parts), 2):
+            parts[n] = self.any_control.sub(lambda found: self.secrets[found[0]], parts[n])
+        ids = self.twin.encode("".join(parts), add_special_tokens=False).ids
+        return [self.true_ids.get(i, i) for i in ids]
+
+    def render(self, chat):
+        """The template's string for texts that begin with the user and are to be answered."""
+        roles = ("user", "assistant")
+        chat = [{"role": roles[n % 2], "content": text} for n, text in enumerate(chat)]
+        settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        with user_error("this model has no usable chat template", "choose an instruct model"):
+            template = FIXED_DATE + self.tokenizer.get_chat_template()
+            settings |= dict(chat_template=template, date_string=DATE)
+            return self.tokenizer.apply_chat_template(chat, **settings)
+
+    def learn_frames(self):
+        """Find the frames, what stands between the marks of a rendered chat; and try them."""
+        parts = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
+        if len(parts) != 6 or parts[1:3] != parts[3:5]:
+            refuse("does not frame all turns alike")
+        self.first, past_opener, between, _, _, self.opener = parts
+        if re.search(r"<(think|thought)\w*>(?!.*</)", self.opener, re.DOTALL):
+            refuse("leaves a thought open before every reply: this model always thinks")
+        if not (self.opener.startswith(past_opener) or past_opener.startswith(self.opener)):
+            refuse(f"opens a reply with {self.opener!r}, but past ones with {past_opener!r}")
+        self.prefix = past_opener[len(self.opener) :]
+        end = self.any_control.match(between)
+        if end is None:
+            refuse(f"puts {between[:20]!r} after a reply, where an end-of-turn token is needed")
+        self.end_name, self.again = end[0], between[end.end() :]
+        self.end = self.tokenizer.convert_tokens_to_ids(self.end_name)
+        if not self.any_control.search(self.again + self.opener):
+            warning = "this model's roles are plain words, which the other's messages can imitate"
+            print(f"warning: {warning}", file=sys.stderr)
+        chat = ["Question: 1 or 2?", "A", 'The other said: "Hi."\nHow many?', "10 0 5", "Go on."]
+        rendered = self.render(chat)
+        if len(past_opener) < len(self.opener):  # a thought, which stays in the history
+            history = rendered.removesuffix(self.opener)
+            rendered = history.replace(past_opener, self.opener) + self.opener
+        want = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        got = [i for i, _ in self.dialogue(chat)]
+        if got != want:
+            at = len(os.path.commonprefix([got, want]))
+            theirs, ours = (self.tokenizer.decode(ids[at : at + 5]) for ids in (want, got))
+            refuse(f"gives {theirs!r} where appending turns gives {ours!r}")
+
     def user(self, text, first=False):
-        """Ids of a user turn and of the opening of the assistant's turn that answers it."""
-        return (self.first if first else self.again) + self.encode(text.strip()) + self.reply
-    def dialogue(self, texts):
-        """[(id, 1 if the assistant says it, else 0), ...] of a conversation that begins with the user."""
-        turns = [[*self.encode(text), self.end] if n % 2 else self.user(text, n == 0) for n, text in enumerate(texts)]
-        return [(i, n % 2) for n, turn in enumerate(turns) for i in turn]
+        """Ids of a user turn and of the opener of its reply; it is first, or follows an end."""
+        if first:
+            return self.encode(self.first, text.strip(), self.opener)
+        return self.encode(self.end_name + self.again, text.strip(), self.opener)[1:]
 
-def build_trie(replies):
-    """Nested dict {id: subtree} over [(ids, reply), ...]; a leaf is the reply. ValueError where one begins, or is, another."""
-    root = {}
-    for ids, reply in replies:
-        node = root
-        for i in ids[:-1]:
-            node = node.setdefault(i, {}) if isinstance(node, dict) else node
-        if isinstance(node, str) or ids[-1] in node:
-            raise ValueError(f"legal reply {reply!r} and another one begin with the same ids")
-        node[ids[-1]] = reply
-    return root
+    def reply(self, text):
+        """Ids of a reply and its end of turn, as they follow the opener."""
+        before = self.encode(self.first, "Hello.", self.opener)
+        ids = self.encode(self.first, "Hello.", self.opener + self.prefix, text, self.end_name)
+        if ids[: len(before)] != before:
+            refuse(f"melts {text!r} into the tokens before it")
+        return ids[len(before) :]
 
-def conversations(shares, noise, longest, game, count):
-    """`count` games of 1 to `longest` rounds of a scripted population: a list of [text read, reply, ...], one per seat."""
-    rng = np.random.default_rng(SEED)
-    pairs = rng.choice([Scripted(player, noise) for player in shares], size=(count, 2), p=list(shares.values()))
-    matches = [Match(n, n, int(rng.integers(1, longest + 1)), pair) for n, pair in enumerate(pairs)]
-    play(game, matches, [SEED], 40)
-    return [[text for seat, *both in match.log if seat == s for text in both] for match in matches for s in (0, 1)]
+    def dialogue(self, chat):
+        """[(id, whether the assistant says it)] of a chat that begins with the user."""
+        pairs = []
+        for n, text in enumerate(chat):
+            replies = n % 2 == 1
+            ids = self.reply(text) if replies else self.user(text, first=n == 0)
+            pairs += [(i, replies) for i in ids]
+        return pairs
+
+    def decode(self, ids):
+        """The text of the ids of a reply, closed by its end of turn."""
+        return self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False).strip()
+
+    def trie(self, choices):
+        """{ids written so far: sorted ids that may come next} over the legal replies `choices`.
+        ValueError where two of them cannot be told apart."""
+        following = {}
+        for text in choices:
+            ids = self.reply(text)
+            if self.decode(ids) != text:
+                raise ValueError(f"the tokenizer makes {self.decode(ids)!r} of the reply {text!r}")
+            for n in range(len(ids)):
+                following.setdefault(tuple(ids[:n]), set()).add(ids[n])
+        return {written: tuple(sorted(ids)) for written, ids in following.items()}
+
+
+def conversations(lesson, game, count, seed):
+    """`count` games of a scripted population: [chat of one seat: [text read, reply, ...]]."""
+    rng, matches = np.random.default_rng(seed), []
+    scripts = [Scripted(name, lesson.noise) for name in lesson.shares]
+    for n in range(count):
+        pair = tuple(rng.choice(scripts, size=2, p=list(lesson.shares.values())))
+        matches.append(Match(n, n, int(rng.integers(1, lesson.rounds + 1)), pair))
+    play(game, matches, [seed], max_tokens=40)
+    chats = []
+    for match in matches:
+        for seat in (0, 1):
+            said = [turn[1:] for turn in match.log if turn[0] == seat]
+            chats.append([text for pair in said for text in pair])
+    return chats
+
 
 def build_tokenizer(texts):
-    """Byte-level BPE without word splitting, so that the fixed phrases of the prompts become single tokens; only hands and
-    the numbers of a reply stay tokens of their own, as they are what a player chooses."""
-    split = pre_tokenizers.Split(Regex(r"(?<![a-z,] )(?<!\d)\d+|rock|paper|scissors"), "isolated")
+    """Byte-level BPE without word splitting: the fixed phrases of the prompts become single tokens.
+    Only hands and the numbers of a reply stay tokens of their own: they are what players choose."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    words = pre_tokenizers.Split(Regex(r"(?<![a-z,] )(?<!\d)\d+|rock|paper|scissors"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=20, show_progress=False, max_token_length=2000,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=["<|end|>", "<|user|>", "<|assistant|>"]))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE)
+    alphabet, special = sorted(as_bytes.alphabet()), ["<|end|>", "<|user|>", "<|assistant|>"]
+    size = dict(vocab_size=100_000, min_frequency=20, max_token_length=2000, show_progress=False)
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special, **size)
+    tokenizer.train_from_iterator(texts, trainer)
+    names = dict(eos_token="<|end|>", pad_token="<|end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **names)
 
-def warm_up(tokenizer, course):
-    """A fresh Llama trained by cross-entropy on the replies, end of turn included, of what each step of `course` draws from."""
-    framing, rng = Framing(tokenizer), np.random.default_rng(SEED)
-    torch.manual_seed(SEED)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=4,
-        max_position_embeddings=8192, bos_token_id=None, eos_token_id=framing.end, pad_token_id=framing.end))
-    model.lm_head.weight.data *= HEAD_SCALE  # adapters leave the head alone; a flat one would cap every probability they reach
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=len(course), pct_start=0.1)
-    for talks in tqdm(course, desc="warming up the built-in model (once)", leave=False):
-        batch = [torch.tensor(framing.dialogue(talks[b])) for b in rng.integers(len(talks), size=BATCH)]
-        ids, trained = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).unbind(-1)  # [B, S]
-        hidden, trained = model.model(ids).last_hidden_state[:, :-1], trained[:, 1:] == 1
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[trained]), ids[:, 1:][trained])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
 
-def load(name, game):
-    """(model, tokenizer) of the population `name` warmed up on `game`, from the cache or made now. UserError for a bad name."""
-    if name not in POPULATIONS:
-        raise UserError(f"no built-in model is called {name!r}; there are {', '.join(POPULATIONS)}")
-    lessons = POPULATIONS[name].get(game, POPULATIONS[name]["matrix"])
-    made = repr((conversations(*lessons[-1][:3], game, 64), lessons, torch.__version__, transformers_version))
-    key = hashlib.sha256(made.encode() + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
-    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "aa_minimal" / f"{name}-{game}-{key}"
+def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
+    """Train `parameters` of decoder and head by cross-entropy on replies, ends of turn included.
+    lessons: [(chats, training steps)]. batch: chats per step."""
+    rng, parameters = np.random.default_rng(seed), list(parameters)
+    total = sum(steps for _, steps in lessons)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=0.1)
+    bar = tqdm(total=total, desc="warming up by imitation (once)", leave=False)
+    for chats, steps in lessons:
+        dialogues = functools.cache(lambda n, chats=chats: torch.tensor(framing.dialogue(chats[n])))
+        for _ in range(steps):
+            rows = [dialogues(n) for n in rng.integers(len(chats), size=batch).tolist()]
+            ids, replies = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).unbind(-1)
+            ids = ids.to(parameters[0].device)  # [B, S]
+            hidden = decoder(ids).last_hidden_state[:, :-1]
+            taught = replies[:, 1:] == 1  # padding comes last, where causal attention ignores it
+            loss = torch.nn.functional.cross_entropy(head(hidden[taught]), ids[:, 1:][taught])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+    bar.close()
+
+
+def load(name, game, seed=0):
+    """(model, tokenizer) of a built-in model, warmed up on `game` now or before.
+    seed: fixes the games it has seen and its first weights."""
+    lessons = LESSONS.get((name, game), LESSONS[name, "matrix"])
+    transformers.utils.logging.disable_progress_bar()
+    sample = conversations(lessons[-1], game, 64, seed)
+    ingredients = repr((sample, lessons, seed, torch.__version__)).encode()
+    key = hashlib.sha256(ingredients + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "aa_minimal" / f"{name}-{game}-{key}"
     if not folder.exists():
-        course = [talks for *who, steps in lessons for talks in [conversations(*who, game, GAMES_SEEN)] * steps]
-        tokenizer = build_tokenizer([text for talk in course[-1][:512] for text in talk])
-        model = warm_up(tokenizer, course)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        taught = [(conversations(lesson, game, 4096, seed), lesson.steps) for lesson in lessons]
+        tokenizer = build_tokenizer([text for chat in taught[-1][0][:512] for text in chat])
+        torch.manual_seed(seed)
+        end, size = tokenizer.eos_token_id, dict(vocab_size=len(tokenizer), hidden_size=64)
+        size |= dict(intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+        size |= dict(max_position_embeddings=8192, bos_token_id=None)
+        model = LlamaForCausalLM(LlamaConfig(eos_token_id=end, pad_token_id=end, **size))
+        model.lm_head.weight.data *= 20  # adapters leave it alone: a flat one would bind them
+        parts = model.model, model.lm_head, model.parameters(), Framing(tokenizer)
+        imitate(*parts, taught, lr=3e-3, batch=32, seed=seed)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
             with contextlib.suppress(OSError):  # another run was faster
-                os.rename(fresh, folder)  # whole or not at all
-    return LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), PreTrainedTokenizerFast.from_pretrained(folder)
+                os.rename(fresh, folder)
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,352 +1,359 @@
-"""Returns, advantages, credits and the policy loss against slow sums written from the formulas; and the scoring pass
-of the update against a plain forward over every whole conversation."""
+"""Returns, advantages, credits and the policy loss against slow sums written from the formulas."""
+
+import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import tiny
-from games import Match, Scripted, play
-from loss import advantages, credits, policy_loss, returns_to_go, score
-from rollout import LLM, Episode, Policy
+from loss import CREDITS, advantages, policy_loss, returns_to_go
 
 bounded = settings(max_examples=50, derandomize=True, deadline=None)
-shapes = dict(B=st.integers(1, 6), T=st.integers(1, 6), seed=st.integers(0, 10 ** 6), gamma=st.floats(0, 1))
+sizes = {"B": st.integers(1, 6), "T": st.integers(1, 6)}
+seeds = st.integers(0, 10**6)
+discounts = st.floats(0, 1)
+betas = st.floats(0, 20)
 
 
 def numbers(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def close(got, want, tolerance=1e-9):
-    return torch.allclose(got, torch.as_tensor(want, dtype=got.dtype), rtol=tolerance, atol=tolerance)
+def whole_numbers(seed, low, high, *shape):
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def near(got, want):
-    return torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+def equal(got, want, tolerance=1e-9):
+    want = torch.as_tensor(want, dtype=got.dtype)
+    return got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------- credit
-
-def test_return_to_go_looks_forward_and_discounts_from_its_own_round():
-    assert close(returns_to_go(torch.tensor([[1., 2., 4.], [0., 0., 8.]]), .5), [[3, 4, 4], [2, 4, 8]])
+# The slow versions: plain loops over B games and T rounds, no function of loss.py in them.
 
 
-@bounded
-@given(**shapes)
-def test_returns_to_go_equal_the_double_sum(B, T, seed, gamma):
-    r = numbers(seed, B, T)
-    want = [[sum(gamma ** (k - t) * r[b, k] for k in range(t, T)) for t in range(T)] for b in range(B)]
-    assert close(returns_to_go(r, gamma), want)
+def slow_returns(r, gamma):
+    B, T = r.shape
+    G = torch.zeros_like(r)
+    for b, t in itertools.product(range(B), range(T)):
+        G[b, t] = sum(gamma ** (k - t) * r[b, k] for k in range(t, T))
+    return G
 
 
-def test_advantage_leaves_its_own_row_out_of_the_baseline_and_divides_by_no_deviation():
-    G, every = torch.tensor([[1.], [2.], [6.]]), torch.ones(3, 1)
-    assert close(advantages(G, torch.tensor([4, 4, 4]), every), [[1 - 4], [2 - 3.5], [6 - 1.5]])
-    assert close(advantages(100 * G, torch.tensor([4, 4, 4]), every), [[-300], [-150], [450]])
-
-
-def test_advantage_compares_only_within_a_group_and_is_zero_for_a_row_alone():
-    G, every = torch.tensor([[1.], [50.], [3.], [7.]]), torch.ones(4, 1)
-    assert close(advantages(G, torch.tensor([0, 9, 0, 2]), every), [[-2], [0], [2], [0]])
-
-
-def test_advantage_skips_rounds_that_a_shorter_game_did_not_play():
-    G, mask = torch.tensor([[4., 2., 5.], [1., 8., 9.], [3., 7., 9.]]), torch.tensor([[1., 1, 1], [1, 1, 0], [1, 0, 0]])
-    want = [[4 - 2, 2 - 8, 0], [1 - 3.5, 8 - 2, 0], [3 - 2.5, 0, 0]]
-    assert close(advantages(G, torch.tensor([1, 1, 1]), mask), want)
-
-
-@bounded
-@given(B=st.integers(1, 6), T=st.integers(1, 6), seed=st.integers(0, 10 ** 6), groups=st.integers(1, 3))
-def test_advantages_equal_the_mean_over_the_others_of_the_group_that_played_the_round(B, T, seed, groups):
-    rng = torch.Generator().manual_seed(seed)
-    G, group = numbers(seed, B, T), torch.randint(groups, (B,), generator=rng)
-    lengths = torch.randint(1, T + 1, (B,), generator=rng)
-    want = torch.zeros_like(G)
+def slow_advantages(G, group, lengths):
+    """G less its mean over the other games of the group that have a round t, 0 without any."""
+    B, T = G.shape
+    A = torch.zeros_like(G)
     for b in range(B):
         for t in range(lengths[b]):
-            others = [G[o, t] for o in range(B) if o != b and group[o] == group[b] and lengths[o] > t]
-            want[b, t] = G[b, t] - sum(others) / len(others) if others else 0
-    assert close(advantages(G, group, (torch.arange(T) < lengths[:, None]).double()), want)
+            others = []
+            for other in range(B):
+                if other != b and group[other] == group[b] and lengths[other] > t:
+                    others.append(G[other, t])
+            if others:
+                A[b, t] = G[b, t] - sum(others) / len(others)
+    return A
+
+
+def slow_alignment(A_own, A_other, gamma, beta):
+    B, T = A_own.shape
+    c = torch.zeros_like(A_own)
+    for b, t in itertools.product(range(B), range(T)):
+        products = (gamma ** (t - k) * A_own[b, k] * A_other[b, t] for k in range(t))
+        c[b, t] = A_own[b, t] + beta * gamma * sum(products)
+    return c
+
+
+def slow_causal_alignment(A_own, A_other, gamma, beta):
+    """The same, but from A_own[k] the share of what comes at t and after is taken away first."""
+    B, T = A_own.shape
+    c = torch.zeros_like(A_own)
+    for b, t in itertools.product(range(B), range(T)):
+        alignment = 0
+        for k in range(t):
+            before_t = A_own[b, k] - gamma ** (t - k) * A_own[b, t]
+            alignment += gamma ** (t - k) * before_t * A_other[b, t]
+        c[b, t] = A_own[b, t] + beta * gamma * alignment
+    return c
+
+
+SLOW_CREDITS = {
+    "aa": slow_alignment,
+    "aa_causal": slow_causal_alignment,
+    "naive": lambda A_own, A_other, gamma, beta: A_own,
+    "sum": lambda A_own, A_other, gamma, beta: A_own + A_other,
+}
+
+
+# ------------------------------------------------------------------------------------------ returns
+
+
+def test_a_return_looks_forward_and_discounts_from_its_own_round():
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 8.0]])
+    assert equal(returns_to_go(rewards, 0.5), [[3, 4, 4], [2, 4, 8]])
 
 
 @bounded
-@given(**shapes, beta=st.floats(0, 20))
-def test_credits_equal_the_double_sums_of_their_formulas(B, T, seed, gamma, beta):
-    own, other = numbers(seed, B, T), numbers(seed + 1, B, T)
-    kept = own.clone(), other.clone()
-    want = {"naive": own, "sum": own + other, "aa": [
-        [own[b, t] + beta * gamma * sum(gamma ** (t - k) * own[b, k] * other[b, t] for k in range(t)) for t in range(T)]
-        for b in range(B)]}
-    for algo in want:
-        assert close(credits(algo, own, other, gamma, beta), want[algo])
-    assert torch.equal(own, kept[0]) and torch.equal(other, kept[1])
+@given(**sizes, seed=seeds, gamma=discounts)
+def test_returns_are_the_discounted_sums_of_later_rewards(B, T, seed, gamma):
+    rewards = numbers(seed, B, T)
+    before = rewards.clone()
+    assert equal(returns_to_go(rewards, gamma), slow_returns(rewards, gamma))
+    assert torch.equal(rewards, before)
 
 
-@pytest.mark.parametrize("past, theirs, want", [(1., 1., 1), (1., -1., -1), (-1., 1., -1), (-1., -1., 1)])
-def test_alignment_rewards_kindness_after_good_rounds_and_severity_after_bad_ones(past, theirs, want):
-    # gamma 1/2, beta 4: c[1] = A_own[1] + 4 * 1/2 * 1/2 * A_own[0] * A_other[1]; the first round has no past
-    c = credits("aa", torch.tensor([[past, 10.]]), torch.tensor([[7., theirs]]), .5, 4.)
-    assert close(c, [[past, 10 + want]])
+def test_a_shorter_game_padded_with_zeros_has_the_returns_it_has_alone():
+    alone, padded = torch.tensor([[3.0, 5.0]]), torch.tensor([[3.0, 5.0, 0.0, 0.0]])
+    assert equal(returns_to_go(padded, 0.9)[:, :2], returns_to_go(alone, 0.9))
+    assert equal(returns_to_go(padded, 0.9)[:, 2:], [[0, 0]])
 
 
-def test_an_unknown_credit_is_an_error():
-    with pytest.raises(ValueError, match="wrong"):
-        credits("wrong", torch.zeros(1, 1), torch.zeros(1, 1), 1., 1.)
+# --------------------------------------------------------------------------------------- advantages
 
 
-# ---------------------------------------------------------------------------------------------------- policy loss
-
-def test_policy_loss_of_two_tokens_by_hand():
-    logp = torch.tensor([.5, .25]).log()
-    entropy, kl = torch.tensor([.7, .9]), torch.tensor([.1, .3])
-    loss, ratio = policy_loss(logp, logp, torch.tensor([3., -2.]), entropy, kl, 4, .5, 10.)
-    assert loss.item() == pytest.approx((3 * math.log(2) - 2 * math.log(4) - .5 * 1.6 + 10 * .4) / 4)
-    assert close(ratio, [1, 1])
+def test_an_advantage_is_the_return_less_the_mean_of_the_other_games_and_not_rescaled():
+    G, played = torch.tensor([[1.0], [2.0], [6.0]]), torch.ones(3, 1)
+    group = torch.tensor([4, 4, 4])
+    want = torch.tensor([[1 - 4], [2 - 3.5], [6 - 1.5]])
+    assert equal(advantages(G, group, played), want)
+    assert equal(advantages(100 * G, group, played), 100 * want)
 
 
-def test_descending_the_loss_makes_good_tokens_likelier_spreads_and_stays_near_the_reference():
-    logp, entropy, kl = (torch.full((2,), x, requires_grad=True) for x in (-1., 1., 1.))
-    policy_loss(logp, logp.detach(), torch.tensor([2., -3.]), entropy, kl, 2, .1, .2)[0].backward()
-    for got, want in ((logp.grad, [-1, 1.5]), (entropy.grad, [-.05, -.05]), (kl.grad, [.1, .1])):
-        assert close(got, want, 1e-6)
+def test_only_games_of_the_same_group_are_compared_and_a_game_alone_has_no_advantage():
+    G, played = torch.tensor([[1.0], [50.0], [3.0], [7.0]]), torch.ones(4, 1)
+    assert equal(advantages(G, torch.tensor([0, 9, 0, 2]), played), [[-2], [0], [2], [0]])
 
 
-def test_importance_weight_is_cut_at_two_while_the_reported_ratio_is_not():
-    logp, played, credit = torch.tensor([.3, .2, .9, .5]).log(), torch.tensor([.2, .4, .1, .5]).log(), [1., 1., 1., -4.]
-    logp.requires_grad_()
-    loss, ratio = policy_loss(logp, played, torch.tensor(credit), torch.zeros(4), torch.zeros(4), 10, 0., 0.)
+def test_a_round_is_compared_only_with_games_that_are_long_enough_to_have_it():
+    G = torch.tensor([[4.0, 2.0, 5.0], [1.0, 8.0, 9.0], [3.0, 7.0, 9.0]])
+    played = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    want = [[4 - 2, 2 - 8, 0], [1 - 3.5, 8 - 2, 0], [3 - 2.5, 0, 0]]
+    assert equal(advantages(G, torch.tensor([1, 1, 1]), played), want)
+
+
+@bounded
+@given(**sizes, seed=seeds, groups=st.integers(1, 3))
+def test_advantages_are_the_slow_ones_in_any_groups_of_games_of_any_lengths(B, T, seed, groups):
+    G = numbers(seed, B, T)  # not zero past the end of a game: that must not matter
+    group, lengths = whole_numbers(seed, 0, groups, B), whole_numbers(seed + 1, 1, T + 1, B)
+    played = (torch.arange(T) < lengths[:, None]).double()
+    before = G.clone()
+    assert equal(advantages(G, group, played), slow_advantages(G, group, lengths))
+    assert torch.equal(G, before)
+
+
+# ------------------------------------------------------------------------------------------ credits
+
+
+@pytest.mark.parametrize("name", CREDITS)
+@bounded
+@given(**sizes, seed=seeds, gamma=discounts, beta=betas)
+def test_every_credit_is_the_double_sum_of_its_formula(name, B, T, seed, gamma, beta):
+    A_own, A_other = numbers(seed, B, T), numbers(seed + 1, B, T)
+    before = A_own.clone(), A_other.clone()
+    got = CREDITS[name](A_own, A_other, gamma, beta)
+    assert equal(got, SLOW_CREDITS[name](A_own, A_other, gamma, beta))
+    assert torch.equal(A_own, before[0]) and torch.equal(A_other, before[1])
+
+
+def test_naive_credit_is_the_own_advantage():
+    A_own, A_other = numbers(0, 3, 4), numbers(1, 3, 4)
+    assert torch.equal(CREDITS["naive"](A_own, A_other, 0.9, 2.0), A_own)
+
+
+def test_sum_credit_is_the_same_for_both_seats():
+    A_own, A_other = numbers(0, 3, 4), numbers(1, 3, 4)
+    assert equal(CREDITS["sum"](A_own, A_other, 0.9, 2.0), A_own + A_other)
+    assert equal(CREDITS["sum"](A_other, A_own, 0.9, 2.0), A_own + A_other)
+
+
+@pytest.mark.parametrize("past, theirs, want", [(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)])
+def test_aa_rewards_kindness_after_good_rounds_and_severity_after_bad_ones(past, theirs, want):
+    # gamma 1/2, beta 4: c[1] = A_own[1] + 4 * 1/2 * (1/2 * A_own[0]) * A_other[1]
+    A_own, A_other = torch.tensor([[past, 10.0]]), torch.tensor([[7.0, theirs]])
+    assert equal(CREDITS["aa"](A_own, A_other, 0.5, 4.0), [[past, 10 + want]])
+
+
+@pytest.mark.parametrize("theirs, want", [(1, -9), (-1, 9)])
+def test_aa_causal_takes_the_later_advantage_out_of_the_past(theirs, want):
+    # gamma 1/2, beta 4: c[1] = A_own[1] + 4 * 1/2 * 1/2 * (A_own[0] - 1/2 * A_own[1]) * A_other[1]
+    A_own, A_other = torch.tensor([[1.0, 20.0]]), torch.tensor([[7.0, theirs]])
+    assert equal(CREDITS["aa_causal"](A_own, A_other, 0.5, 4.0), [[1, 20 + want]])
+
+
+@bounded
+@given(games=st.integers(2, 4), T=st.integers(1, 6), seed=seeds, gamma=discounts, beta=betas)
+def test_aa_causal_is_aa_with_every_past_return_cut_off_at_the_present(games, T, seed, gamma, beta):
+    # From rewards, two groups: A'[k,t] is the advantage of the rewards of rounds k to t-1 alone.
+    group = torch.tensor([0] * games + [5] * games)
+    B = len(group)
+    r_own, r_other = numbers(seed, B, T), numbers(seed + 1, B, T)
+    lengths = [T] * B
+    A_own = slow_advantages(slow_returns(r_own, gamma), group, lengths)
+    A_other = slow_advantages(slow_returns(r_other, gamma), group, lengths)
+    want = A_own.clone()
+    for t in range(T):
+        for k in range(t):
+            cut_off = torch.zeros(B, 1, dtype=torch.float64)
+            for b in range(B):
+                cut_off[b] = sum(gamma ** (j - k) * r_own[b, j] for j in range(k, t))
+            A_cut_off = slow_advantages(cut_off, group, [1] * B)[:, 0]
+            want[:, t] += beta * gamma * gamma ** (t - k) * A_cut_off * A_other[:, t]
+
+    played = torch.ones(B, T, dtype=torch.float64)
+    fast_own = advantages(returns_to_go(r_own, gamma), group, played)
+    fast_other = advantages(returns_to_go(r_other, gamma), group, played)
+    assert equal(CREDITS["aa_causal"](fast_own, fast_other, gamma, beta), want)
+
+
+def test_aa_rewards_a_move_that_ruins_the_game_for_both_and_aa_causal_does_not():
+    # Two games, the same until round 1. From then on both players of game 0 get nothing.
+    rewards = torch.tensor([[3.0, 0.0, 0.0], [3.0, 3.0, 3.0]])
+    A = advantages(returns_to_go(rewards, 1.0), torch.tensor([0, 0]), torch.ones(2, 3))
+    assert equal(A, [[-6, -6, -3], [6, 6, 3]])
+    ruined = {name: CREDITS[name](A, A, 1.0, 1.0)[0, 1].item() for name in ("aa", "aa_causal")}
+    assert ruined == {"aa": -6 + 36, "aa_causal": -6}
+
+
+@pytest.mark.parametrize("name", ["aa", "aa_causal"])
+def test_without_a_past_or_without_beta_an_alignment_credit_is_the_own_advantage(name):
+    A_own, A_other = numbers(0, 3, 4), numbers(1, 3, 4)
+    assert equal(CREDITS[name](A_own, A_other, 0.9, 2.0)[:, 0], A_own[:, 0])
+    assert equal(CREDITS[name](A_own, A_other, 0.9, 0.0), A_own)
+    assert not equal(CREDITS[name](A_own, A_other, 0.9, 2.0)[:, 1:], A_own[:, 1:])
+
+
+@pytest.mark.parametrize("name", CREDITS)
+def test_rounds_past_the_end_of_a_game_get_no_credit_and_change_none(name):
+    A_own, A_other = numbers(0, 3, 5), numbers(1, 3, 5)
+    A_own[:, 3:] = A_other[:, 3:] = 0
+    credit = CREDITS[name](A_own, A_other, 0.9, 2.0)
+    assert equal(credit[:, :3], CREDITS[name](A_own[:, :3], A_other[:, :3], 0.9, 2.0))
+    assert equal(credit[:, 3:], torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("name", CREDITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fractional_points_are_kept_from_rewards_to_credits(name, dtype):
+    # All that is sampled differs by 1/3 or 1/4 of a point: rounded to whole points it is all zero.
+    own = torch.tensor([[20 / 3, 0.25], [7.0, 0.0]], dtype=dtype)
+    other = torch.tensor([[0.0, 0.25], [1 / 3, 0.0]], dtype=dtype)
+    group, played = torch.tensor([0, 0]), torch.ones(2, 2, dtype=dtype)
+    A_own = advantages(returns_to_go(own, 0.5), group, played)
+    A_other = advantages(returns_to_go(other, 0.5), group, played)
+    assert equal(A_own, [[-1 / 3 + 1 / 8, 1 / 4], [1 / 3 - 1 / 8, -1 / 4]], 1e-5)
+    assert equal(A_other, [[-1 / 3 + 1 / 8, 1 / 4], [1 / 3 - 1 / 8, -1 / 4]], 1e-5)
+    credit = CREDITS[name](A_own, A_other, 0.5, 2.0)
+    # 2 * 1/2 * 1/2 * A_own[0] * A_other[1], where aa_causal has -1/3 for A_own[0] = -1/3 + 1/8
+    aligned = {"naive": 0, "sum": 1 / 4, "aa": -5 / 192, "aa_causal": -1 / 24}[name]
+    assert credit.dtype == A_own.dtype == dtype
+    assert credit[0, 1].item() == pytest.approx(1 / 4 + aligned, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------- policy loss
+
+
+def test_the_policy_loss_of_two_tokens_is_that_computed_by_hand():
+    logp = torch.tensor([0.5, 0.25]).log()
+    credit, entropy, kl = torch.tensor([[3.0, -2.0], [0.7, 0.9], [0.1, 0.3]])
+    loss, ratio = policy_loss(logp, logp, credit, entropy, kl, 4, 0.5, 10.0)
+    want = (3 * math.log(2) - 2 * math.log(4) - 0.5 * (0.7 + 0.9) + 10 * (0.1 + 0.3)) / 4
+    assert loss.item() == pytest.approx(want)
+    assert equal(ratio, [1, 1])
+
+
+def test_descending_the_loss_follows_the_credit_raises_entropy_and_lowers_kl():
+    logp, entropy, kl = (torch.full((2,), x, requires_grad=True) for x in (-1.0, 1.0, 1.0))
+    loss, _ = policy_loss(logp, logp.detach(), torch.tensor([2.0, -3.0]), entropy, kl, 2, 0.1, 0.2)
     loss.backward()
-    assert close(ratio, [1.5, .5, 9, 1], 1e-5) and not ratio.requires_grad
-    assert close(logp.grad, [-.15, -.05, -.2, .4], 1e-5)
+    assert equal(logp.grad, [-1, 1.5], 1e-6)
+    assert equal(entropy.grad, [-0.05, -0.05], 1e-6)
+    assert equal(kl.grad, [0.1, 0.1], 1e-6)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_importance_weights_are_cut_at_two_from_above_only_and_the_ratios_reported_are_not(sign):
+    logp = torch.tensor([0.3, 0.1, 0.9, 0.5]).log().requires_grad_()
+    logp_play = torch.tensor([0.2, 0.4, 0.1, 0.5]).log()
+    credit, zeros = sign * torch.tensor([1.0, 1.0, 1.0, 4.0]), torch.zeros(4)
+    loss, ratio = policy_loss(logp, logp_play, credit, zeros, zeros, 10, 0.0, 0.0)
+    loss.backward()
+    assert equal(ratio, [1.5, 0.25, 9, 1], 1e-5) and not ratio.requires_grad
+    assert equal(sign * logp.grad, [-0.15, -0.025, -0.2, -0.4], 1e-5)
 
 
 @bounded
-@given(n=st.integers(1, 6), seed=st.integers(0, 10 ** 6))
-def test_policy_gradient_takes_the_weight_as_a_constant(n, seed):
-    # finite differences of the loss with the weight held at its value: through the weight the slope would be another
-    theta, played, credit = numbers(seed, 3, n)
-    w = (theta.log_softmax(0) - played).exp().clamp(max=2)
+@given(n=st.integers(1, 6), seed=seeds)
+def test_the_policy_gradient_is_the_slope_of_the_loss_with_fixed_importance_weights(n, seed):
+    # n tokens, one of each kind, from one distribution over n of them with logits `theta`. Slopes
+    # by finite differences, with the weights held at their values.
+    theta, logp_play, credit = numbers(seed, 3, n)
+    weight = (theta.log_softmax(0) - logp_play).exp().clamp(max=2)
 
-    def terms(theta):  # the log-prob of every token, and the entropy and KL of one distribution over n of them
+    def terms(theta):
         logp = theta.log_softmax(0)
-        return logp, -(logp.exp() * logp).expand(n), (logp.exp() * (logp + math.log(n))).expand(n)
+        entropy = -(logp.exp() * logp).sum()
+        kl_to_uniform = (logp.exp() * (logp + math.log(n))).sum()
+        return logp, entropy.expand(n), kl_to_uniform.expand(n)
 
-    def frozen(theta):
+    def slow_loss(theta):
         logp, entropy, kl = terms(theta)
-        return (-w * credit * logp - .3 * entropy + .2 * kl).sum().item() / 7
+        return ((-weight * credit * logp - 0.3 * entropy + 0.2 * kl).sum() / 7).item()
+
     leaf = theta.clone().requires_grad_()
     logp, entropy, kl = terms(leaf)
-    policy_loss(logp, played, credit, entropy, kl, 7, .3, .2)[0].backward()
+    policy_loss(logp, logp_play, credit, entropy, kl, 7, 0.3, 0.2)[0].backward()
     for i in range(n):
-        step = 1e-4 * torch.eye(n, dtype=torch.float64)[i]
-        slope = (frozen(theta + step) - frozen(theta - step)) / 2e-4
+        step = torch.zeros(n, dtype=torch.float64)
+        step[i] = 1e-4
+        slope = (slow_loss(theta + step) - slow_loss(theta - step)) / 2e-4
         assert leaf.grad[i].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-def test_policy_loss_is_normalised_by_the_whole_batch_and_not_by_the_micro_batch():
-    columns = numbers(0, 5, 9)
-    whole = policy_loss(*columns, 9, .1, .2)[0]
-    assert close(sum(policy_loss(*columns[:, part], 9, .1, .2)[0] for part in (slice(0, 2), slice(2, 9))), whole)
+def test_loss_and_gradient_do_not_depend_on_how_the_batch_is_cut_into_micro_batches():
+    n = 9
+    _, logp_play, credit, entropy, kl = numbers(0, 5, n)
 
-
-# ---------------------------------------------------------------------------------------------------- the scoring pass
-
-@pytest.fixture(scope="session")
-def llm():
-    """A small random model with a tokenizer that knows both games, and an adapter that is not zero."""
-    matches = [Match(n, n, 10, (Scripted("random"), Scripted("tit_for_tat", .2))) for n in range(20)]
-    for game in ("trust_split", "split"):
-        play(game, matches, [0], 40)
-    tokenizer = tiny.build_tokenizer([text for match in matches for _, *both in match.log for text in both])
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer) + 7, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=.1, tie_word_embeddings=False))
-    llm = LLM(base, tokenizer, 4)
-    llm.model.add_adapter("other", llm.model.peft_config["default"])
-    with torch.no_grad():
-        for name, p in llm.model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=.1)
-    return llm
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def conversations(llm, game, count, rounds, max_tokens):
-    """Both seats of `count` games of the model with itself, each game a round shorter than the one before."""
-    policy = Policy(llm)
-    matches = [Match(n, n, max(1, rounds - n), (policy, policy)) for n in range(count)]
-    play(game, matches, [0], max_tokens)
-    return list(policy.episodes.values())
-
-
-@pytest.fixture(scope="session", params=["ipd", "trust_split", "split"])
-def episodes(request, llm):
-    return conversations(llm, request.param, 4, 3, 6)
-
-
-def weights(llm, adapter="default"):
-    return {name: p for name, p in llm.model.named_parameters() if f".{adapter}." in name}
-
-
-def gradients(llm):
-    grads = {name: p.grad for name, p in weights(llm).items()}
-    llm.model.zero_grad()
-    return grads
-
-
-def tokens(episodes):
-    return [(e, k) for e in episodes for k in range(len(e.at))]
-
-
-MIX = numbers(5, 3, 1000)  # the gradients compared are of log-probs, entropies and KLs each times its own number
-
-
-def objective(columns):
-    return (columns * MIX[:, :columns.shape[1]]).sum()
-
-
-def plain(llm, episodes, adapter="default"):
-    """Log-prob, entropy and KL [3, N] of all sampled tokens: a forward over each conversation, then whole logits."""
-    framing, out = llm.framing, []
-    message = [i for i in range(len(llm.tokenizer)) if i == framing.end or i not in framing.control]
-    llm.model.set_adapter(adapter)
-    for e in (e for e in episodes if e.at):
-        logits = llm.model(torch.tensor([e.ids])).logits[0]
-        with torch.no_grad(), llm.model.disable_adapter():
-            base = llm.model(torch.tensor([e.ids])).logits[0]
-        for at, legal in zip(e.at, e.legal):
-            legal = message if legal is None else list(legal)
-            p, q = (x[at - 1][legal].softmax(0) for x in (logits, base))
-            out.append(torch.stack([p[legal.index(e.ids[at])].log(), -(p * p.log()).sum(), (p * (p / q).log()).sum()]))
-    return torch.stack(out, 1)
-
-
-def scored(llm, episodes, budget=4096, backward=False, **options):
-    """The same from `score`, in the order of `tokens`; with `backward`, also the gradient of the objective."""
-    numbered, count = [], 0
-    for e in episodes:  # score hands logp through untouched: here it tells the tokens apart
-        numbered.append(replace(e, logp=[float(count + k) for k in range(len(e.at))]))
-        count += len(e.at)
-    out, where = torch.full((3, count), torch.nan), [None] * count
-    for mb in score(llm, numbered, budget, **options):
-        n, columns = mb.logp_play.long(), torch.stack([mb.logp, mb.entropy, mb.kl])
-        assert out[:, n].isnan().all()
-        out[:, n] = columns.detach()
-        for i, row, t in zip(n.tolist(), mb.row.tolist(), mb.round.tolist()):
-            where[i] = row, t
-        if backward:
-            (columns * MIX[:, n]).sum().backward()
-    assert where == [(row, t) for row, e in enumerate(episodes) for t in e.round]
-    return out
-
-
-def same_gradients(got, want, tolerance=1e-4):
-    size = max(g.norm() for g in want.values())
-    assert size > 0 and got.keys() == want.keys() and all(g.norm() > 0 for g in got.values())
-    worst = max((got[name] - want[name]).norm() / (want[name].norm() + .01 * size) for name in want)
-    assert worst < tolerance, worst
-
-
-@pytest.fixture(scope="session")
-def truth(llm, episodes):
-    columns = plain(llm, episodes)
-    llm.model.zero_grad()
-    objective(columns).backward()
-    return columns.detach(), gradients(llm)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("budget, size", [(1, 5), (300, 10 ** 6), (10 ** 6, 16)])
-def test_score_equals_a_plain_forward_in_values_and_in_adapter_gradients(
-        llm, episodes, truth, budget, size, checkpointing, monkeypatch):
-    monkeypatch.setattr(llm, "checkpointing", checkpointing)
-    monkeypatch.setattr(llm, "slice", size)
-    passes = []
-    hook = llm.decoder.layers[0].mlp.register_forward_pre_hook(
-        lambda _, args: passes.append((*args[0].shape[:2], torch.is_grad_enabled())))
-    got = scored(llm, episodes, budget, backward=True, reference=True)
-    hook.remove()
-    assert near(got, truth[0])
-    same_gradients(gradients(llm), truth[1])
-    assert all(B == 1 or B * S <= budget for B, S, _ in passes)
-    with_grad = sum(grad for *_, grad in passes)
-    if budget != 300:  # every micro-batch once, its opening once, and with checkpointing once more on the way back
-        once = 2 * (len(episodes) if budget == 1 else 1)
-        assert with_grad == once * (1 + checkpointing) and len(passes) - with_grad == once
-
-
-def test_gradient_of_a_whole_update_does_not_depend_on_how_it_is_cut_into_micro_batches(llm, episodes):
-    N, grads, batches = len(tokens(episodes)), [], []
-    credit = numbers(1, len(episodes), 3).float()
-    for budget in (10 ** 6, 1, 200):
-        batches.append(0)
-        for mb in score(llm, episodes, budget, reference=True):
-            loss, _ = policy_loss(mb.logp, mb.logp_play, credit[mb.row, mb.round], mb.entropy, mb.kl, N, .1, .1)
+    def loss_and_gradient(parts):
+        logp = numbers(1, n).requires_grad_()
+        columns = logp, logp_play, credit, entropy, kl
+        total = 0
+        for part in parts:
+            loss, _ = policy_loss(*(column[part] for column in columns), n, 0.1, 0.2)
             loss.backward()
-            batches[-1] += 1
-        grads.append(gradients(llm))
-    assert batches[:2] == [1, len(episodes)] and batches[2] in range(2, len(episodes))
-    for other in grads[1:]:
-        same_gradients(other, grads[0], 1e-5)
+            total += loss.detach()
+        return total, logp.grad
+
+    whole, gradient = loss_and_gradient([slice(0, n)])
+    for parts in ([slice(0, 2), slice(2, n)], [slice(i, i + 1) for i in range(n)]):
+        total, grad = loss_and_gradient(parts)
+        assert equal(total, whole) and equal(grad, gradient)
 
 
-def test_log_probs_of_the_update_are_those_of_play(llm, episodes):
-    played = torch.tensor([e.logp[k] for e, k in tokens(episodes)])
-    with torch.no_grad():
-        assert near(scored(llm, episodes)[0], played)
+def test_on_average_the_naive_gradient_is_that_of_the_expected_score():
+    # Two games of two rounds make a group. In a round the act is 1 with probability
+    # sigmoid(theta[t]), and the second reward depends on both acts. All 16 outcomes, each with its
+    # probability, against the derivative of the expected score: a baseline with a game's own
+    # return in it, or a wrong sum over rounds, would give another one.
+    rewards = {(0, 0): (1, 0), (0, 1): (1, 4), (1, 0): (-2, 7), (1, 1): (-2, 3)}
+    theta = torch.tensor([0.3, -0.8], dtype=torch.float64, requires_grad=True)
 
+    def logp_of(acts):
+        return torch.where(torch.tensor(acts) == 1, theta, -theta).sigmoid().log()
 
-def test_forced_tokens_are_not_scored(llm):
-    for e in conversations(llm, "ipd", 2, 5, 0):  # of a reply only the letter is a choice: one token a round
-        letters = llm.framing.encode("A") + llm.framing.encode("B")
-        assert len(letters) == 2 and e.round == list(range(len(e.at))) and {e.ids[at] for at in e.at} <= set(letters)
-        assert {e.ids[at + 1] for at in e.at} == {llm.framing.end}
-        with torch.no_grad():
-            entropy = scored(llm, [e])[1]
-        assert entropy.shape == (len(e.at),) and 0 < entropy.min() and entropy.max() < math.log(2) + 1e-6
+    score = sum(logp_of(acts).sum().exp() * sum(rewards[acts]) for acts in rewards)
+    [want] = torch.autograd.grad(score, theta)
 
-
-def test_odd_batches_no_common_opening_no_sampled_token_one_row_many_legal_sets(llm):
-    a, b, c = conversations(llm, "trust_split", 2, 2, 4)[:3]
-    other = replace(b, ids=[llm.framing.end] + b.ids[1:])
-    assert a.ids[0] != other.ids[0]
-    idle, longer = Episode(ids=[1, 2, 3]), replace(a, ids=a.ids + [5] * 9)
-    sets = replace(b, legal=[tuple(range(n % 4, e, 1 + n % 3)) + (e,) for n, e in enumerate(b.ids[at] for at in b.at)])
-    for some in ([a, other], [Episode(), a, idle, b, c], [a], [a, a], [longer, c], [sets, a, c]):
-        want = plain(llm, some)
-        objective(want).backward()
-        slow = gradients(llm)
-        assert near(scored(llm, some, 150, backward=True, reference=True), want.detach())
-        same_gradients(gradients(llm), slow)
-    assert list(score(llm, [Episode(), Episode(ids=[1])], 100)) == []
-
-
-def test_score_runs_under_the_adapter_asked_for(llm, episodes):
-    with torch.no_grad():
-        default, other = (plain(llm, episodes, name) for name in ("default", "other"))
-        assert not close(default[0], other[0], 1e-2)
-        for name, want in (("other", other), ("default", default)):
-            assert near(scored(llm, episodes, reference=True, adapter=name), want)
-
-
-def test_kl_is_zero_without_change_and_positive_after_it(llm, episodes):
-    with torch.no_grad():
-        assert (scored(llm, episodes)[2] == 0).all()
-        assert (scored(llm, episodes, reference=True)[2] > 0).all()
-        kept = {name: p.clone() for name, p in weights(llm).items()}
-        for name, p in weights(llm).items():
-            p *= "lora_B" not in name
-        untouched = scored(llm, episodes, reference=True)
-        for name, p in weights(llm).items():
-            p.copy_(kept[name])
-    assert untouched[2].abs().max() < 1e-6 and untouched[1].min() > 0
+    expected = torch.zeros(2, dtype=torch.float64)
+    for both in itertools.product(rewards, repeat=2):
+        r = torch.tensor([rewards[acts] for acts in both], dtype=torch.float64)
+        A = advantages(returns_to_go(r, 1.0), torch.tensor([0, 0]), torch.ones_like(r))
+        credit = CREDITS["naive"](A, torch.zeros_like(A), 1.0, 0.0)
+        logp = torch.cat([logp_of(acts) for acts in both])
+        zeros = torch.zeros(4)
+        loss, _ = policy_loss(logp, logp.detach(), credit.flatten(), zeros, zeros, 4, 0.0, 0.0)
+        [gradient] = torch.autograd.grad(loss, theta)
+        expected += logp.detach().sum().exp() * gradient
+    # of four tokens, two belong to each game; the loss is what descends
+    assert want.abs().min() > 0.1 and equal(expected, -want * 2 / 4)
