@@ -96,13 +96,12 @@ def parse(argv):
     for name in ("game", "model", "resume"):
         first.add_argument(f"--{name}", default=getattr(Settings, name))
     known, _ = first.parse_known_args(argv)
-    defaults = {}
+    real, built_in = PRESETS.get(known.game, PRESETS["ipd"])
+    defaults = built_in if known.model in BUILT_IN else real
     if known.resume:
         defaults = read_json(known.resume, "config.json")
-    elif known.game in PRESETS:
-        defaults = PRESETS[known.game][known.model in BUILT_IN]
-    usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags, see --help]"
-    parser = HfArgumentParser(Settings, usage=usage, description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
     parser.set_defaults(**defaults)
     settings = parser.parse_args_into_dataclasses(argv)[0]
     check(settings, parser.error)
@@ -140,7 +139,7 @@ class Run:
         which = settings.model, settings.quant, settings.game, settings.lora_rank, settings.seed
         self.llm = load(*which, settings.prior_seed)
         self.weights = [p for p in self.llm.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.weights, lr=settings.lr)
+        self.optimizer = torch.optim.Adam(self.weights, lr=settings.lr, betas=(0.9, 0.95))
         names = settings.opponent or []
         self.opponents = [find_agent(name, settings.game, self.llm) for name in names]
         if settings.resume:
@@ -213,7 +212,8 @@ def draw_matches(run, live):
         learner_sits_first = (g + run.iteration) % 2 == 0
         players = (live, opponent) if learner_sits_first else (opponent, live)
         for n in range(settings.group_size):
-            matches.append(Match(g * settings.group_size + n, g, rounds, players))
+            number, deal = g * settings.group_size + n, g
+            matches.append(Match(number, deal, rounds, players))
     return matches
 
 
@@ -259,8 +259,8 @@ def train(run):
         stats = []
         for batch in score(llm, episodes, settings.micro_batch_tokens, reference=settings.kl > 0):
             c, H, KL = credit[batch.episode, batch.round], batch.entropy, batch.kl
-            weights = N, settings.entropy, settings.kl
-            loss, ratio = policy_loss(batch.logp, batch.logp_play, c, H, KL, *weights)
+            coefs = dict(entropy_coef=settings.entropy, kl_coef=settings.kl)
+            loss, ratio = policy_loss(batch.logp, batch.logp_play, c, H, KL, total=N, **coefs)
             loss.backward()
             stats.append(torch.stack([H, KL, ratio]).detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(run.weights, 1.0).item()
@@ -342,8 +342,8 @@ def main(argv=None):
         results = crossplay(settings.game, agents, deals, settings.rounds, seed, *limits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on") from None
-    print_crossplay(settings.game, results)
     (run.folder / "summary.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print_crossplay(settings.game, results)
     print(f"\nEverything is in {run.folder}; transcript-*.txt there are whole games")
 
 

@@ -56,7 +56,7 @@ def read_json(folder, name):
 
 def print_table(title, header, rows):
     """Print aligned columns; numbers with two digits, None as a dash."""
-    width = max(len(row[0]) for row in rows)
+    width = max((len(row[0]) for row in rows), default=0)
     print(f"\n{title}\n\n" + " " * width, *(name.rjust(10) for name in header))
     for first, *cells in rows:
         cells = ["-" if cell is None else cell for cell in cells]
@@ -167,18 +167,17 @@ class Api(Player):
         return said
 
 
-def crossplay(game, agents, deals, *size):
+def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
     """Play `agents` {name: Player} with each other and all scripted players, on the same deals.
-    size: rounds, seed, max_tokens, at_once, as `games.meet` takes them. -> {agent: {other: means}}
-    as of `games.summarize`, with the standard error of the points over deals."""
+    -> {agent: {other: means}} as of `games.summarize`, with the standard error over deals."""
     everyone = agents | {name: Scripted(name) for name in scripted_names(game)}
     results = {}
     for a in tqdm(agents, desc="playing", leave=False, disable="human" in agents):
         results[a] = {}
         for b in everyone:
-            if "human" in (a, b) and (a == b or b not in agents):
+            if b == "human" or (a == "human" and b not in agents):
                 continue  # nobody wants to play all those games
-            sides = meet(game, agents[a], everyone[b], deals, *size)
+            sides = meet(game, agents[a], everyone[b], deals, rounds, seed, max_tokens, at_once)
             points = [summarize(deal)["points"] for deal in zip(sides[::2], sides[1::2])]
             error = float(np.std(points, ddof=1)) / deals**0.5 if deals > 1 else None
             results[a][b] = summarize(sides) | {"standard_error": error}
@@ -194,13 +193,13 @@ def print_crossplay(game, results):
     rows = []
     for a in agents:
         taken = {b: means["points_other"] for b, means in results[a].items()}
-        most, itself = max(taken, key=taken.get), results[a].get(a, {})
+        most, itself = max(taken, key=taken.get, default=None), results[a].get(a, {})
         own = [itself.get("welfare"), itself.get(headline)]
-        rows.append([a, *own, taken.get("cooperate"), most, taken[most]])
+        rows.append([a, *own, taken.get("cooperate"), most, taken.get(most)])
     header = ["welfare", headline, "a fair player gets", "the most gets", "points"]
     print_table("With itself, and what others get from it", header, rows)
     seen = {a: results[a].get("random", {}) for a in agents}
-    keys = [key for key in next(iter(seen.values())) if key.startswith(("p_c", "hon", "keep"))]
+    keys = [key for key in max(seen.values(), key=len) if "_after_" not in key]
     rows = [[key, *(seen[a].get(key) for a in agents)] for key in keys]
     print_table("What it does against a random player", agents, rows)
 
@@ -244,12 +243,12 @@ def main(argv=None):
     at_once = 1 if "human" in agents else args.games_at_once
     size = args.games, args.rounds, [args.seed], args.max_message_tokens, at_once
     results = crossplay(args.game, agents, *size)
+    text = json.dumps({"settings": vars(args), "results": results}, indent=1)
+    pathlib.Path(args.out).write_text(text, encoding="utf-8")
     print_crossplay(args.game, results)
     for name, agent in agents.items():
         if isinstance(agent, Api):
             print(f"\n{name}: {agent.failed} turns without a legal reply, answered at random")
-    text = json.dumps({"settings": vars(args), "results": results}, indent=1)
-    pathlib.Path(args.out).write_text(text, encoding="utf-8")
     print(f"\nThe numbers are in {args.out}")
 
 

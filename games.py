@@ -45,15 +45,15 @@ ONE_DEAR = [(10, 1, 1), (1, 10, 1), (1, 1, 10)]  # what items may be worth to a 
 TWO_DEAR = [(10, 10, 1), (10, 1, 10), (1, 10, 10)]
 
 
-# A question to one seat: the `text` it reads since its last reply; all legal replies, None for a
-# free message of `max_tokens`; and what scripted players reply (`lie`: the liar, where all talk).
+# A question to one seat: `text` it reads since its last reply; all legal replies (tuple; None: a
+# free message of `max_tokens`); and what scripted players reply (`lie`: in trust_split only).
 Turn = namedtuple("Turn", "seat text choices fair greedy lie max_tokens", defaults=["", 0])
 # A scored round. By seat: points; whether the act was fair, None where fair and greedy look alike;
 # indicators {name: list of numbers}, whose means are logged. And the `best` possible joint score.
 Round = namedtuple("Round", "points best fair indicators")
 # What a player is asked: which conversation (match number, seat), which turn, after which Rounds.
 Question = namedtuple("Question", "key turn history")
-Side = namedtuple("Side", "match seat")
+Side = namedtuple("Side", "match seat")  # a match as one of its seats sees it
 
 
 def matrix_game(payoffs, rng, rounds, max_tokens):
@@ -91,11 +91,11 @@ def trust_split(rng, rounds, max_tokens):
         for seat, other in ((first, 1 - first), (1 - first, first)):
             text = f"{news[seat]}\nYour hand is {HANDS[hands[seat]]}. {heard}Send your message."
             truth = f"My hand is {HANDS[hands[seat]]}"
-            # A liar claims what beats the other's hand; while that is unknown, takes it to win.
+            # A liar claims what beats the other's hand: while unknown, the one that beats its own.
             others_hand = (hands[seat] + 1) % 3 if claims[other] is None else claims[other]
             lie = f"My hand is {HANDS[(others_hand + 1) % 3]}"
             [reply] = yield [Turn(seat, text, None, truth, truth, lie, max_tokens)]
-            messages[seat] = " ".join(reply.split())[: 10 * max_tokens]
+            messages[seat] = " ".join(reply.split())[: 10 * max_tokens]  # a person may type on
             claims[seat] = claim(messages[seat])
             heard = f'The other says: "{messages[seat]}"\n'
         turns = []
@@ -110,7 +110,7 @@ def trust_split(rng, rounds, max_tokens):
         kept = [int(reply) for reply in (yield turns)]
         points = [coins * value for coins, value in zip(share(*kept), worth)]
         fair = [None, None]  # to keep ten with the upper hand is both fair and greedy
-        fair[1 - winner] = kept[1 - winner] < 5
+        fair[1 - winner] = kept[1 - winner] <= 5
         indicators = [{"keep_upper": [], "keep_lower": []} for _ in (0, 1)]
         for seat, other in ((0, 1), (1, 0)):
             indicators[seat][f"keep_{role[seat]}"] = [kept[seat]]
@@ -220,7 +220,7 @@ class Scripted(Player):
 
 
 def scripted_names(game):
-    """Names of the scripted players that a game has a use for."""
+    """Names of the scripted players of a game: only trust_split has a use for `liar`."""
     return [name for name in SCRIPTS if name != "liar" or game == "trust_split"]
 
 
@@ -301,7 +301,7 @@ def indicators(history, seat):
         seen = {"cooperation": [] if own_act is None else [own_act], **round.indicators[seat]}
         for name, values in seen.items():
             lists[name] += values
-            if not name.startswith("p_c"):
+            if not name.startswith("p_c_"):
                 lists[f"{name}_after_fair"] += values if others_act is True else []
                 lists[f"{name}_after_greedy"] += values if others_act is False else []
         if round.fair[1 - seat] is not None:

@@ -29,6 +29,7 @@ Scored = namedtuple("Scored", "episode round logp_play logp entropy kl")
 
 # What one seat of one game read and said, a list of ids; and the list of Samples of what it chose.
 Episode = namedtuple("Episode", "ids samples")
+DONE = ()  # no id may follow
 
 
 class OpeningCache(transformers.Cache):
@@ -61,7 +62,7 @@ class PlayCache(transformers.Cache):
         """The next pass is over `rows` (ascending); neighbours are read as a slice, not a copy."""
         self.rows = torch.tensor(rows)[:, None]
         are_neighbours = rows[-1] - rows[0] + 1 == len(rows)
-        self.read = slice(rows[0], rows[-1] + 1) if are_neighbours else rows
+        self.row_index = slice(rows[0], rows[-1] + 1) if are_neighbours else rows
 
     def prepare(self, positions, columns):
         """The next pass writes at `positions` [n, S] and reads so many columns."""
@@ -75,7 +76,7 @@ class PlayCache(transformers.Cache):
         stored = self.stored[layer]
         stored[0][self.rows, :, self.positions] = k.transpose(1, 2)
         stored[1][self.rows, :, self.positions] = v.transpose(1, 2)
-        return tuple(stored[:, self.read, :, : self.columns])
+        return tuple(stored[:, self.row_index, :, : self.columns])
 
 
 class LLM:
@@ -99,9 +100,9 @@ class LLM:
         config.target_modules = "all-linear"
         with user_error(f"{name} cannot have an adapter", "choose another model"):
             self.model = peft.get_peft_model(base, config)
+            for layer in self.decoder.layers:
+                layer.forward = functools.partial(self.run_layer, layer.forward)
         config.base_model_name_or_path = name
-        for layer in self.decoder.layers:
-            layer.forward = functools.partial(self.run_layer, layer.forward)
         self.check()
 
     def run_layer(self, forward, *args, **kwargs):
@@ -114,12 +115,13 @@ class LLM:
     def check(self):
         """UserError unless a cached pass gives the logits of the model's own forward pass."""
         ids = self.framing.user("Hello?", first=True)
+        P = len(ids) // 2
         with user_error(f"{self.name} cannot be played with", "choose another model"):
-            want = self.base(torch.tensor([ids], device=self.device), use_cache=False).logits[0, -1]
-            cache = PlayCache(self.read_opening(ids[:-1]), B=2)
+            want = self.base(torch.tensor([ids], device=self.device), use_cache=False).logits[0, P:]
+            cache = PlayCache(self.read_opening(ids[:P]), B=2)
             cache.choose([0, 1])
-            hidden = self.forward([ids[-1:]] * 2, [len(ids) - 1] * 2, cache)
-            difference = (self.logits(hidden)[0, -1] - want.float()).abs().max().item()
+            got = self.logits(self.forward([ids[P:]] * 2, [P] * 2, cache))[0]
+            difference = (got - want.float()).abs().max().item()
             if difference > 0.05 * (1 + want.abs().max()):
                 raise ValueError(f"its logits differ by {difference:.2g}")
 
@@ -179,11 +181,11 @@ class LLM:
             base = config.base_model_name_or_path or ""
             if base != self.name and (base.startswith("tiny-") or self.name.startswith("tiny-")):
                 raise ValueError(f"it stands on {base}, which is not {self.name}")
-            if config.modules_to_save or "lm_head" in str(config.target_modules):
-                raise ValueError("it changes the model's head")
+            weights = peft.load_peft_weights(folder, device=str(self.device))
+            if not all(".layers." in name for name in weights):
+                raise ValueError("it changes more than the decoder's layers")
             if adapter not in self.model.peft_config:
                 self.model.add_adapter(adapter, config)
-            weights = peft.load_peft_weights(folder, device=str(self.device))
             result = peft.set_peft_model_state_dict(self.model, weights, adapter)
             if result.unexpected_keys:
                 raise ValueError(f"it has weights for {result.unexpected_keys[0]}")
@@ -213,17 +215,17 @@ class Policy(Player):
             ids = self.episodes[key].ids
             ids += self.llm.framing.user(turn.text, first=not ids)
             starts[key] = len(ids)
-            self.rows.setdefault(key, len(self.rows))  # who speaks together lies together
+            self.rows.setdefault(key, len(self.rows))  # by first turns, so that reads are slices
         waiting = sorted(questions, key=lambda question: self.rows[question.key])
         with self.llm.using(self.adapter):
             while True:
                 legal = [self.write_forced(question, starts[question.key]) for question in waiting]
-                waiting = [question for question, ids in zip(waiting, legal) if ids != ()]
-                legal = [ids for ids in legal if ids != ()]
+                waiting = [question for question, ids in zip(waiting, legal) if ids != DONE]
+                legal = [ids for ids in legal if ids != DONE]
                 if not waiting:
                     break
                 keys = [question.key for question in waiting]
-                logp = self.llm.log_probs(self.read(keys), legal)  # [n, V]
+                logp = self.llm.log_probs(self.read_news(keys), legal)  # [n, V]
                 drawn = self.draw(logp, keys)
                 logp, drawn = logp.gather(1, drawn)[:, 0].tolist(), drawn[:, 0].tolist()
                 for n, (key, _, history) in enumerate(waiting):
@@ -236,14 +238,14 @@ class Policy(Player):
 
     def write_forced(self, question, start):
         """Append what leaves no choice to the reply that begins at `start`.
-        -> the ids that may come next: None for all that a message may hold, () at the end."""
+        -> the ids that may come next: None for all that a message may hold, DONE at its end."""
         ids, turn, end = self.episodes[question.key].ids, question.turn, self.llm.framing.end
         while True:
             written, legal = tuple(ids[start:]), None
             if turn.choices:
-                legal = self.llm.framing.trie(turn.choices).get(written, ())
+                legal = self.llm.framing.trie(turn.choices).get(written, DONE)
             elif end in written:
-                legal = ()
+                legal = DONE
             elif len(written) == turn.max_tokens:
                 legal = (end,)
             if legal is None or len(legal) != 1:
@@ -256,10 +258,10 @@ class Policy(Player):
         cdf = logp.double().exp().cumsum(-1)  # [n, V]
         return torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # > u: legal
 
-    def read(self, keys):
+    def read_news(self, keys):
         """Read what is new in the conversations `keys`: hidden states [n, width] at their ends."""
         conversations = [self.episodes[key].ids for key in keys]
-        if self.cache is None:  # conversations begin alike: the opening of one is read for all
+        if self.cache is None:  # one conversation is read for all, who keep what they share with it
             self.opening = conversations[0][:-1]
             self.cache = PlayCache(self.llm.read_opening(self.opening), B=len(self.rngs))
         starts, news = [], []
@@ -280,7 +282,7 @@ def score(llm, episodes, budget, reference=False):
     order = [b for b, episode in enumerate(episodes) if episode.samples]
     order.sort(key=lambda b: len(episodes[b].ids), reverse=True)  # alike lengths: little padding
     P = len(os.path.commonprefix([episodes[b].ids for b in order]))
-    P = min([P, *(episodes[b].samples[0].position - 1 for b in order)])
+    P = min([P, *(episodes[b].samples[0].position - 1 for b in order)])  # keep what predicts them
     while order:
         B = max(1, budget // (len(episodes[order[0]].ids) - P))
         yield score_rows(llm, episodes, order[:B], P, reference)
@@ -301,15 +303,15 @@ def score_rows(llm, episodes, indices, P, reference):
             played.append((b, sample.round, sample.logp))
     targets = torch.tensor(targets, device=llm.device)
 
-    def read(adapter):
+    def hidden_under(adapter):
         with llm.using(adapter):
             opening = OpeningCache(llm.read_opening(episodes[indices[0]].ids[:P]))
             return llm.forward(rows, [P] * len(rows), opening)[row, column]  # [n, width]
 
-    hidden = plain = read("default")
+    hidden = plain = hidden_under("default")
     if reference:
         with torch.no_grad():
-            plain = read(None)
+            plain = hidden_under(None)
     stats = []
     for start in range(0, len(legal), llm.slice):  # logits are large: made anew when needed
         part = slice(start, start + llm.slice)

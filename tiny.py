@@ -21,7 +21,7 @@ from collections import namedtuple
 import numpy as np
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,18 +35,19 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # the longest game, training steps.
 Lesson = namedtuple("Lesson", "shares noise rounds steps")
 # What the built-in models are taught, lesson after lesson; the last one makes the prior. Who holds
-# the upper hand is learned in a sudden step, sooner from short games without noise. Returning like
-# for like is taught too, but in tiny-blind, which has never seen anyone reciprocate.
-FAIR = Lesson({"cooperate": 1.0}, 0.0, 2, 500)
-MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 350)
+# the upper hand is learned in a sudden step, from short games without noise, then in long ones.
+# Returning like for like is taught next, but not to tiny-blind, which has never seen it.
+SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
+LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
+MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
 TRUST = {"tit_for_tat": 0.2, "cooperate": 0.55, "defect": 0.04, "liar": 0.21}
 SPLIT = {"tit_for_tat": 0.15, "cooperate": 0.55, "defect": 0.3}
-LESSONS = {  # by model and game; matrix games are taught alike
+LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
-    ("tiny", "trust_split"): [FAIR, MUTUAL, Lesson(TRUST, 0.03, 10, 350)],
-    ("tiny", "split"): [FAIR, MUTUAL, Lesson(SPLIT, 0.05, 10, 350)],
-    ("tiny-blind", "matrix"): [FAIR, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
+    ("tiny", "trust_split"): [SHORT, LONG, MUTUAL, Lesson(TRUST, 0.03, 10, 300)],
+    ("tiny", "split"): [SHORT, LONG, MUTUAL, Lesson(SPLIT, 0.05, 10, 300)],
+    ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
 BUILT_IN = {model for model, _ in LESSONS}
 TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
@@ -78,12 +79,14 @@ def refuse(why):
 
 
 class Framing:
-    """What a chat template puts around texts, so that turns can be appended to a conversation.
-    first: before the first user text. opener: closes a user turn, opens its reply; prefix: what
-    past replies have besides. end: id of the end-of-turn token, part of the action. again: from
-    there to the next user text. control: ids of added tokens, which no quoted or sampled text may
-    hold. What only the last reply is opened with (Qwen3's empty thought) stays in the history: play
-    and update read the same. UserError where else appending is not what the template does."""
+    """What a chat template puts around texts, so that turns can be appended to a conversation:
+
+        first TEXT opener [prefix] REPLY end again TEXT opener [prefix] REPLY end ...
+
+    prefix: what past replies have besides; a sampled one may differ. end: id of the end-of-turn
+    token, part of the action. control: ids of added tokens, which no quoted or sampled text may
+    hold. What only the last reply is opened with (Qwen3's empty thought) stays in the history, so
+    that play and update read the same. UserError where appending is not what the template does."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -97,19 +100,16 @@ class Framing:
     def hide_control_tokens(self):
         """Make a twin of the tokenizer that knows the control tokens by secret names only.
         It reads frame and text together, and a control token spelled out in a text stays text."""
+        self.secrets, quoted = {}, {}  # {control token: secret name}, the same as JSON has them
+        for i in sorted(self.control):
+            name, secret = self.tokenizer.added_tokens_decoder[i].content, secrets.token_hex(8)
+            self.secrets[name] = secret
+            quoted[json.dumps(name, ensure_ascii=False)] = json.dumps(secret)
         with user_error("this model's tokenizer cannot be used", "choose another model"):
-            state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        state["added_tokens"], state["post_processor"] = [], None
-        self.secrets, added = {}, {}  # {control token: its secret name}, {id: added token}
-        for i, token in self.tokenizer.added_tokens_decoder.items():
-            if i in self.control:
-                self.secrets[token.content] = f"<{secrets.token_hex(8)}>"
-            name = self.secrets.get(token.content, token.content)
-            flags = dict(lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized)
-            added[i] = AddedToken(name, special=token.special, **flags)
-        self.twin = Tokenizer.from_str(json.dumps(state))
-        self.twin.add_tokens(list(added.values()))
-        self.true_ids = {self.twin.token_to_id(token.content): i for i, token in added.items()}
+            state = self.tokenizer.backend_tokenizer.to_str()
+            any_string = r'"(?:[^"\\]|\\.)*"'
+            state = re.sub(any_string, lambda found: quoted.get(found[0], found[0]), state)
+            self.twin = Tokenizer.from_str(state)
         names = sorted(self.secrets, key=len, reverse=True)
         self.any_control = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
@@ -118,8 +118,7 @@ class Framing:
         parts = list(parts)
         for n in range(0, len(parts), 2):
             parts[n] = self.any_control.sub(lambda found: self.secrets[found[0]], parts[n])
-        ids = self.twin.encode("".join(parts), add_special_tokens=False).ids
-        return [self.true_ids.get(i, i) for i in ids]
+        return self.twin.encode("".join(parts), add_special_tokens=False).ids
 
     def render(self, chat):
         """The template's string for texts that begin with the user and are to be answered."""
@@ -147,7 +146,7 @@ class Framing:
             refuse(f"puts {between[:20]!r} after a reply, where an end-of-turn token is needed")
         self.end_name, self.again = end[0], between[end.end() :]
         self.end = self.tokenizer.convert_tokens_to_ids(self.end_name)
-        if not self.any_control.search(self.again + self.opener):
+        if not self.any_control.search(self.again + self.opener.replace(self.end_name, "")):
             warning = "this model's roles are plain words, which the other's messages can imitate"
             print(f"warning: {warning}", file=sys.stderr)
         chat = ["Question: 1 or 2?", "A", 'The other said: "Hi."\nHow many?', "10 0 5", "Go on."]

@@ -1,452 +1,695 @@
-"""Cross-play, robustness, fingerprints, pictures, games to read, and players that are no model of ours: people and servers.
+"""Cross-play against pencil and paper; agents by name; people and servers at the table."""
 
-Models are stand-ins here. Set AA_SERVE to a model's folder to play against `transformers serve` as well.
-"""
-import contextlib
 import http.server
 import json
 import os
 import pathlib
-import socket
+import shutil
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 
 import numpy as np
+import peft
 import pytest
+import safetensors.torch
+import torch
 
+import aa_minimal
 import eval as evaluation
-from games import Player, Scripted
+import tiny
+from eval import (
+    Api,
+    Human,
+    crossplay,
+    find_agent,
+    load,
+    print_table,
+    printable,
+    read_json,
+    report,
+)
+from games import Match, Player, Scripted, play, scripted_names
+from rollout import Policy
 
-FAIR_AND_GREEDY = ["cooperate", "defect", "tit_for_tat", "grim"]
+ROOT = pathlib.Path(evaluation.__file__).parent
 KEY = "sk-not-to-be-seen"
+FOUR = ["cooperate", "defect", "tit_for_tat", "grim"]
 
 
-def cross_play(tmp_path, *flags):
-    """The numbers that the command leaves in its file."""
-    assert evaluation.main([*flags, "--out", str(tmp_path / "out.json")]) == 0
+def main(*flags):
+    """The exit code of the command with these flags, run in this process."""
+    try:
+        return report("eval", lambda: evaluation.main([str(flag) for flag in flags]))
+    except SystemExit as stop:  # argparse has said what is wrong
+        return stop.code
+
+
+def evaluate(tmp_path, *flags):
+    """What the command leaves in its file."""
+    assert main(*flags, "--out", tmp_path / "out.json") == 0
     return json.loads((tmp_path / "out.json").read_text())
 
 
-def new_run(folder, metrics=(), transcripts=(), **settings):
-    """A run's folder, without an adapter."""
-    folder.mkdir()
-    settings = {"game": "ipd", "model": "tiny", "quant": "none", "algo": "aa", "rounds": 10, "max_message_tokens": 4,
-                "opponent": None, "seed": 0, "out": str(folder), "versions": {}, **settings}
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
-    for name, lines in (("metrics", metrics), ("transcripts", transcripts)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(folder)
+def command(folder, *flags):
+    """Exit code, output and error output of the command, run as a user does."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *flags],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def points(results, rows, columns):
+    return [[results[a][b]["points"] for b in columns] for a in rows]
 
 
 @pytest.fixture
 def met(monkeypatch):
-    """Everything that is played: [(matches and seats of the first agent)], one entry per meeting."""
+    """The Sides of the first player, one list per meeting."""
     seen, meet = [], evaluation.meet
-    monkeypatch.setattr(evaluation, "meet", lambda *args: seen.append(meet(*args)) or seen[-1])
+
+    def remember(*args):
+        seen.append(meet(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(evaluation, "meet", remember)
     return seen
 
 
-@pytest.fixture
-def stand_ins(monkeypatch):
-    """{label: player} that takes the place of the adapters of runs."""
-    agents, find = {}, evaluation.find_agent
-    monkeypatch.setattr(evaluation, "load", lambda *args: None)
-    monkeypatch.setattr(evaluation, "find_agent", lambda name, game, llm: (
-        agents.get(os.path.basename(name.rstrip("/").removesuffix("/adapter"))) or find(name, game, llm)))
-    return agents
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run that has learned to defect. Tests only read it."""
+    folder = tmp_path_factory.mktemp("trained") / "defector"
+    flags = "--game ipd --model tiny --algo naive --games 32 --group_size 8 --rounds 4 --lr 0.01"
+    flags += f" --iterations 8 --out {folder}"
+    assert report("aa_minimal", lambda: aa_minimal.main(flags.split())) == 0
+    return folder
 
 
-# ---------------------------------------------------------------------------------------------------- the matrix
+@pytest.fixture(scope="module")
+def llm():
+    return load("tiny", "none", "ipd")
 
-# Ten rounds. Against a defector, tit for tat and grim lose the first round (cd), and it wins that one (dc); then dd.
+
+# ------------------------------------------------------------------------------------- the numbers
+
+# Points per round of the row against the column over ten rounds. Against a defector, tit for tat
+# and grim lose the first round (cd), which the defector wins (dc); then both defect (dd).
 MATRICES = {
-    "ipd": [[3, 0, 3, 3], [5, 1, 1.4, 1.4], [3, .9, 3, 3], [3, .9, 3, 3]],
+    "ipd": [[3, 0, 3, 3], [5, 1, 1.4, 1.4], [3, 0.9, 3, 3], [3, 0.9, 3, 3]],
     "stag_hunt": [[4, 0, 4, 4], [3, 3, 3, 3], [4, 2.7, 4, 4], [4, 2.7, 4, 4]],
-    "chicken": [[3, 1, 3, 3], [4, 0, .4, .4], [3, .1, 3, 3], [3, .1, 3, 3]],
+    "chicken": [[3, 1, 3, 3], [4, 0, 0.4, 0.4], [3, 0.1, 3, 3], [3, 0.1, 3, 3]],
 }
+BEST = {"ipd": 6, "stag_hunt": 8, "chicken": 6}
 
 
 @pytest.mark.parametrize("game", MATRICES)
-def test_matrix_games_between_scripted_players_do_not_score_as_on_paper(tmp_path, game):
-    out = cross_play(tmp_path, "--game", game, "--games", "2", "--agents", *FAIR_AND_GREEDY)
-    assert np.allclose(out["matrix"], MATRICES[game]) and np.allclose(out["standard_errors"], 0)
-    best = {"ipd": 6, "stag_hunt": 8, "chicken": 6}[game]
-    assert np.allclose(out["welfare"], (np.array(MATRICES[game]) + np.transpose(MATRICES[game])) / best)
+def test_matrix_games_between_scripted_players_score_as_on_paper(game):
+    agents = {name: Scripted(name) for name in FOUR}
+    results = crossplay(game, agents, 2, 10, [0], 0, None)
+    want = np.array(MATRICES[game])
+    assert np.allclose(points(results, FOUR, FOUR), want)
+    for i, a in enumerate(FOUR):
+        assert list(results[a]) == [*FOUR, "random"]
+        for j, b in enumerate(FOUR):
+            means = results[a][b]
+            assert means["points_other"] == pytest.approx(want[j][i])
+            assert means["welfare"] == pytest.approx((want[i][j] + want[j][i]) / BEST[game])
+            assert means["standard_error"] == pytest.approx(0)
 
 
-def test_trust_split_is_not_the_same_from_both_seats_of_a_deal(tmp_path):
-    out = cross_play(tmp_path, "--game", "trust_split", "--games", "3", "--agents", "cooperate", "defect")
-    assert np.allclose(out["matrix"], [[50, 25], [52.5, 27.5]]) and np.allclose(out["standard_errors"], 0)
-    assert np.allclose(out["welfare"], [[1, .775], [.775, .55]])
+def test_trust_split_is_the_same_from_both_seats_of_a_deal():
+    # The upper hand is worth 10 a coin, the lower one 1, and each deal is played from both seats.
+    # Two fair players: 100 and 0. Fair against greedy: 50 and 5, or 0 and 100. Two greedy: 50, 5.
+    pair = ["cooperate", "defect"]
+    results = crossplay(
+        "trust_split", {name: Scripted(name) for name in pair}, 3, 10, [0], 20, None
+    )
+    assert np.allclose(points(results, pair, pair), [[50, 25], [52.5, 27.5]])
+    for a, b, welfare in (("cooperate", "cooperate", 1), ("cooperate", "defect", 0.775)):
+        assert results[a][b]["welfare"] == pytest.approx(welfare)
+        assert results[a][b]["standard_error"] == pytest.approx(0)
 
 
-def test_split_does_not_mix_its_two_kinds_of_values_as_dealt(tmp_path):
-    # points of one kind of values and of the other as derived in test_games.py; they are dealt at random
-    one, two = np.array([[105, 160 / 3], [335 / 3, 60]]), np.array([[150, 250 / 3], [515 / 3, 105]])
-    out = cross_play(tmp_path, "--game", "split", "--games", "4", "--rounds", "5", "--agents", "cooperate", "defect")
-    ones = (150 - out["matrix"][0][0]) / 45 * 20  # of 20 deals of values
-    assert abs(ones - round(ones)) < 1e-9 and 0 < ones < 20
-    assert np.allclose(out["matrix"], ones / 20 * one + (1 - ones / 20) * two)
+def test_split_mixes_its_two_kinds_of_values_as_they_are_dealt():
+    pair = ["cooperate", "defect"]
+    results = crossplay("split", {name: Scripted(name) for name in pair}, 4, 5, [0], 0, None)
+    # One dear item each, none in common: the fair take their dear item and share the cheap one.
+    one = np.array([[100 + 5, 50 + 10 / 3], [50 + 10 + 20 / 3 - 5 + 50, 50 + 5 + 5]])
+    # Two dear items each, one in common.
+    two = np.array([[100 + 50, 50 + 100 / 3], [50 + 10 + 200 / 3 + 45, 50 + 50 + 5]])
+    # The greedy one gets all ten of what is dear to it and not kept by the fair one ...
+    one[1][0], two[1][0] = 5 + 100 + 20 / 3, 5 + 100 + 200 / 3
+    got = np.array(points(results, pair, pair))
+    ones = (150 - got[0][0]) / 45 * 20  # how many of the 20 rounds were dealt with one dear item
+    assert ones == pytest.approx(round(ones)) and 0 < ones < 20
+    assert np.allclose(got, ones / 20 * one + (1 - ones / 20) * two)
 
 
-def test_pairs_play_different_deals_or_one_seat_only(tmp_path, met):
-    cross_play(tmp_path, "--game", "trust_split", "--games", "3", "--agents", "cooperate", "random", "liar")
+def test_all_pairs_play_the_same_deals_from_both_seats(met):
+    agents = {name: Scripted(name) for name in ("cooperate", "liar")}
+    crossplay("trust_split", agents, 3, 2, [0], 20, None)
+    assert len(met) == 2 * 6
     hands = {}
     for sides in met:
-        assert sorted((m.deal, seat) for m, seat in sides) == [(deal, seat) for deal in range(3) for seat in (0, 1)]
-        assert all(m.agents[seat] is sides[0][0].agents[sides[0][1]] for m, seat in sides)
-        for m, _ in sides:
-            hands.setdefault(m.deal, []).append([(r.facts[0]["hand"], r.facts[1]["hand"]) for r in m.played])
-    assert len(met) == 6 + 3 * 3 and all(len(set(map(str, dealt))) == 1 for dealt in hands.values())
-    assert len({str(dealt[0]) for dealt in hands.values()}) == 3
+        places = [(match.deal, seat) for match, seat in sides]
+        assert places == [(deal, seat) for deal in range(3) for seat in (0, 1)]
+        assert len({match.players[seat] for match, seat in sides}) == 1
+        for match, _ in sides:
+            # what is shown before anyone has spoken: who begins with which hand
+            hands.setdefault(match.deal, set()).add(match.log[0][:2])
+    assert all(len(seen) == 1 for seen in hands.values())
+    assert len(set.union(*hands.values())) > 1
 
 
-def test_standard_errors_are_over_games_instead_of_deals(tmp_path, met):
-    out = cross_play(tmp_path, "--game", "trust_split", "--games", "5", "--rounds", "2", "--agents", "cooperate", "random")
-    by_deal = [[], [], [], [], []]
-    [sides] = [sides for sides in met if {a.name for a in sides[0][0].agents} == {"cooperate", "random"}]
-    for m, _ in sides:
-        me = [agent.name for agent in m.agents].index("random")
-        by_deal[m.deal].append(sum(this.points[me] for this in m.played) / 2)
-    means = [sum(pair) / 2 for pair in by_deal]
-    mean = sum(means) / 5
-    variance = sum((value - mean) ** 2 for value in means) / 4
-    assert out["matrix"][1][0] == pytest.approx(mean)
-    assert out["standard_errors"][1][0] == pytest.approx((variance / 5) ** .5) and variance > 0
+def test_standard_errors_are_over_deals(met):
+    results = crossplay("trust_split", {"random": Scripted("random")}, 5, 2, [0], 20, 3)
+    for b, sides in zip(results["random"], met):
+        by_deal = [[], [], [], [], []]
+        for match, seat in sides:
+            by_deal[match.deal] += [round.points[seat] for round in match.history]
+        means = [sum(values) / 4 for values in by_deal]
+        mean = sum(means) / 5
+        variance = sum((value - mean) ** 2 for value in means) / 4
+        assert variance > 0
+        assert results["random"][b]["points"] == pytest.approx(mean)
+        assert results["random"][b]["standard_error"] == pytest.approx((variance / 5) ** 0.5)
 
 
-def test_tables_of_nine_agents_are_wider_than_a_terminal(tmp_path, stand_ins, capsys):
-    for game, kinds in (("trust_split", ["liar", "random", "cooperate"]), ("ipd", ["random", "grim", "tit_for_tat"])):
-        stand_ins |= {f"{game}-with-a-long-name-{n}": Scripted(kinds[n % 3]) for n in range(9)}
-        folders = [new_run(tmp_path / f"{game}-with-a-long-name-{n}", game=game) for n in range(9)]
-        out = cross_play(tmp_path, "--games", "2", "--rounds", "3", "--agents", *folders)
-        assert len(out["robustness"]) == len(out["fingerprints"]) == 9
-        assert max(map(len, capsys.readouterr().out.replace(str(tmp_path), "").splitlines())) <= 100
+def test_one_deal_has_no_standard_error():
+    results = crossplay("ipd", {"grim": Scripted("grim")}, 1, 2, [0], 0, None)
+    assert {means["standard_error"] for means in results["grim"].values()} == {None}
 
 
-# ---------------------------------------------------------------------------------------------------- robustness, profiles
-
-class LastRound(Player):
-    """Cooperates until the tenth round."""
-
-    def ask(self, key, turn):
-        return "AB"[turn.view["round"] == 9]
+# -------------------------------------------------------------------------------------- the tables
 
 
-def test_exploitability_forgets_the_run_trained_against_an_agent(tmp_path, stand_ins):
-    stand_ins |= {"kind": Scripted("cooperate"), "wary": Scripted("tit_for_tat"), "sly": LastRound()}
-    kind, wary = new_run(tmp_path / "kind"), new_run(tmp_path / "wary")
-    sly = new_run(tmp_path / "sly", opponent=str(tmp_path / "wary" / "adapter"))
-    out = cross_play(tmp_path, "--games", "2", "--agents", f"{kind}/adapter", wary, sly + "/")
-    assert out["agents"] == ["kind", "wary", "sly"]  # by the run's name, not "adapter"
-    # a defector takes 5 a round from the kind one, a cooperator 3; it takes 1.4 from the wary one, less than 3
-    assert out["robustness"]["kind"] == {"welfare": 1, "fair player gets": 3, "best adversary": "defect", "gets": 5,
-                                         "exploitability": 2, "+-": 0}
-    assert out["robustness"]["wary"] == pytest.approx({
-        "welfare": 1, "fair player gets": 3, "best adversary": "sly", "gets": 3.2, "exploitability": .2, "+-": 0})
-    assert out["robustness"]["sly"]["welfare"] == pytest.approx((9 * 6 + 2) / 60)  # with itself
+def test_a_table_has_aligned_columns_two_digits_and_dashes(capsys):
+    print_table("Title", ["a", "wide header"], [["first", 1, None], ["x", "text", 2.345]])
+    assert capsys.readouterr().out.split("\n") == [
+        "",
+        "Title",
+        "",
+        "               a wide header",
+        "first       1.00           -",
+        "x           text        2.35"
+        if f"{2.345:.2f}" == "2.35"
+        else "x           text        2.35",
+        "",
+    ]
 
 
-@pytest.mark.parametrize("profile, name", [
-    ([1, 1, 0, 1, 0], "tit for tat, within 0.00"), ([.9, .8, .1, .1, .3], "grim trigger, within 0.30"),
-    ([1, 1, 1, 1, 1], "always cooperate, within 0.00"), ([.1, None, None, .2, 0], "always defect, within 0.20"),
-    ([1, .9, .2, .1, .9], "win-stay lose-shift, within 0.20"), ([.6, .4, .5, .5, .6], "coin toss, within 0.10"),
-    ([1, 1, 0, None, 0], "tit for tat, within 0.00")])
-def test_a_profile_is_named_after_a_strategy_that_is_further_away(profile, name):
-    assert evaluation.nearest(profile) == name
+def cells(out, title):
+    """{first cell: other cells} of the table with that title."""
+    lines = out.split(title)[1].split("\n\n")[1].strip("\n").split("\n")
+    return {line.split()[0]: line.split()[1:] for line in lines[1:]}
 
 
-def test_fingerprints_are_not_those_of_the_strategies_as_played(tmp_path):
-    out = cross_play(tmp_path, "--game", "ipd", "--games", "8", "--agents", *FAIR_AND_GREEDY)["fingerprints"]
-    assert [out[name]["nearest to"].split(",")[0] for name in FAIR_AND_GREEDY] == [
-        "always cooperate", "always defect", "tit for tat", "grim trigger"]
-    assert [out["tit_for_tat"][key] for key in evaluation.STATES] == [1, 1, 0, 1, 0]
-    out = cross_play(tmp_path, "--game", "trust_split", "--games", "8", "--agents", "defect", "grim")["fingerprints"]
-    assert out["defect"]["keep_upper"] == out["grim"]["keep_lower_after_greedy"] == 10
-    assert out["grim"]["honesty"] == 1 and out["grim"]["keep_lower"] < 10
-    out = cross_play(tmp_path, "--game", "split", "--games", "4", "--agents", "cooperate")["fingerprints"]
-    assert out["cooperate"]["keep_high"] == 10 and out["cooperate"]["keep_low"] == 0
+def test_the_tables_show_who_takes_most_and_what_is_done_to_a_random_player(tmp_path, capsys):
+    results = evaluate(tmp_path, *FOUR, "--game", "ipd", "--games", 16)["results"]
+    out = capsys.readouterr().out
+    table = cells(out, "points per round of the row against the column")
+    want = [[f"{value:.2f}" for value in row] for row in MATRICES["ipd"]]
+    assert [table[name][:4] for name in FOUR] == want
+    assert table["grim"][4] == f"{results['grim']['random']['points']:.2f}"
+
+    table = cells(out, "With itself, and what others get from it")
+    assert table["cooperate"] == ["1.00", "1.00", "3.00", "defect", "5.00"]
+    assert table["tit_for_tat"] == ["1.00", "1.00", "3.00", "cooperate", "3.00"]
+    assert table["defect"][:4] == ["0.33", "0.00", "0.00", "defect"]
+
+    table = cells(out, "What it does against a random player")
+    want = {
+        "p_c_first": ["1.00", "0.00", "1.00", "1.00"],
+        "p_c_cc": ["1.00", "-", "1.00", "1.00"],
+        "p_c_cd": ["1.00", "-", "0.00", "0.00"],
+        "p_c_dc": ["-", "0.00", "1.00", "0.00"],
+        "p_c_dd": ["-", "0.00", "0.00", "0.00"],
+    }
+    assert {name: table[name] for name in want} == want
 
 
-# ---------------------------------------------------------------------------------------------------- games to read
-
-def game(iteration, reply="A", text="The first round begins."):
-    return {"iteration": iteration, "players": ["trained", "opponent"], "points": [[3, 3], [0, 5]],
-            "turns": [{"seat": s, "text": text, "reply": reply} for _ in range(2) for s in (0, 1)]}
-
-
-def test_a_message_in_a_shown_game_moves_the_cursor_or_leaves_the_screen(tmp_path, capsys):
-    evil = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202edrow\r\nover " + "x" * 100_000
-    run = new_run(tmp_path / "run", transcripts=[game(0, evil, f"He said: {evil}\n\nNext " + "word " * 80)])
-    assert evaluation.main(["--show", run]) == 0
-    shown = capsys.readouterr().out
-    assert all(c.isprintable() or c == "\n" for c in shown) and "\\x1b[2J" in shown and "\\u202e" in shown
-    assert max(map(len, shown.splitlines())) <= 100 and shown.count("points: ") == 2 and "0.0 and 5.0" in shown
+def test_the_tables_of_trust_split_show_honesty_and_coins(tmp_path, capsys):
+    evaluate(tmp_path, "cooperate", "defect", "liar", "--games", 2, "--rounds", 4)
+    out = capsys.readouterr().out
+    table = cells(out, "With itself")
+    assert [table[name][1] for name in ("cooperate", "defect")] == ["1.00", "1.00"]
+    assert float(table["liar"][1]) < 0.5
+    assert table["cooperate"][2] == "50.00"
+    table = cells(out, "against a random player")
+    assert table["honesty"][:2] == ["1.00", "1.00"] and float(table["honesty"][2]) < 0.5
+    assert table["keep_lower"][1] == table["keep_upper"][1] == "10.00"
 
 
-def test_show_does_not_pick_the_iteration_asked_for_or_else_the_last(tmp_path, capsys):
-    run = new_run(tmp_path / "run", transcripts=[game(0), game(10), game(10), game(19, "B")])
-    for flags, iteration, count in (((), 19, 1), (("--iteration", "10"), 10, 2), (("--iteration", "0"), 0, 1)):
-        assert evaluation.main(["--show", run, *flags]) == 0
-        assert capsys.readouterr().out.count(f"=== iteration {iteration}: ") == count
-    assert evaluation.main(["--show", run, "--iteration", "5"]) == 2
-    assert "0, 10, 19" in capsys.readouterr().err
+# ---------------------------------------------------------------------------------- agents by name
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
-
-@pytest.fixture
-def figures(monkeypatch):
-    figure, saved = pytest.importorskip("matplotlib.figure"), []
-    savefig = figure.Figure.savefig
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: saved.append(self) or savefig(self, path, dpi=dpi))
-    return saved
+def same_adapter(llm, policy, folder):
+    held = peft.get_peft_model_state_dict(llm.model, adapter_name=policy.adapter)
+    saved = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    return set(held) == set(saved) and all(torch.equal(held[name], saved[name]) for name in saved)
 
 
-def metrics(points, honesty=None):
-    return [{"iteration": n, "points": value, "cooperation": None, "honesty": honesty, "entropy": 1.}
-            for n, value in enumerate(points)]
+def test_a_run_is_its_newest_checkpoint_and_a_folder_of_an_adapter_is_that_adapter(
+    trained, llm, tmp_path
+):
+    first, newest = trained / "checkpoint-000000", trained / "checkpoint-000008"
+    shutil.copytree(newest, tmp_path / "plain")
+    (tmp_path / "plain" / "optimizer.pt").unlink()
+    found = []
+    for name, folder in ((trained, newest), (first, first), (tmp_path / "plain", newest)):
+        found.append(find_agent(str(name), "ipd", llm))
+        assert isinstance(found[-1], Policy) and same_adapter(llm, found[-1], folder)
+    assert not same_adapter(llm, found[0], first)
+    assert len({policy.adapter for policy in found}) == 3
 
 
-def test_runs_that_differ_only_in_seed_become_several_lines(tmp_path, figures):
-    runs = [new_run(tmp_path / "a", metrics([1, 2, 3]), seed=0), new_run(tmp_path / "b", metrics([3, 4]), seed=1),
-            new_run(tmp_path / "c", metrics([0, 0, 1]), algo="naive"), new_run(tmp_path / "d", metrics([]), algo="sum")]
-    assert evaluation.main(["--plot", str(tmp_path / "curves.png"), *runs]) == 0
-    lines = figures[0].axes[0].get_lines()
-    assert [line.get_label() for line in lines] == ["a (2 seeds)", "c", "d"]
-    assert [list(line.get_ydata()) for line in lines] == [[2, 3], [0, 0, 1], []]
-    assert np.isnan(figures[0].axes[1].get_lines()[0].get_ydata()).all()  # what was never seen leaves a gap
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_names_without_a_folder_are_scripts_people_servers_and_the_model_itself(llm, monkeypatch):
+    for game in ("ipd", "trust_split"):
+        for name in scripted_names(game):
+            assert vars(find_agent(name, game, llm)) == vars(Scripted(name))
+    assert find_agent("base", "ipd", llm).adapter is None
+    assert isinstance(find_agent("human", "ipd", llm), Human)
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert find_agent("api:some/model:1", "ipd", llm).model == "some/model:1"
 
 
-def test_heat_map_does_not_show_the_numbers_of_the_matrix(tmp_path, figures):
-    cross_play(tmp_path, "--game", "ipd", "--games", "1", "--agents", "cooperate", "defect", "--plot", str(tmp_path / "m.png"))
-    assert [text.get_text() for text in figures[0].axes[0].texts] == ["3", "0", "5", "1"]
-    assert (tmp_path / "m.png").stat().st_size > 1000
+@pytest.mark.parametrize("name", ["nobody", "liar", "", "api", "Base", "/"])
+def test_an_unknown_name_is_refused_with_those_that_are_known(llm, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(tiny.UserError, match="base, human, api:MODEL or cooperate, defect") as told:
+        find_agent(name, "ipd", llm)
+    assert f"called {name};" in str(told.value)
 
 
-# ---------------------------------------------------------------------------------------------------- people
+def test_a_server_without_a_key_is_refused_in_one_line(monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(tiny.UserError, match="OPENAI_API_KEY"):
+        find_agent("api:m", "ipd", None)
 
-def test_a_person_is_not_asked_again_after_an_illegal_reply(tmp_path, monkeypatch, capsys):
-    said = iter(["x", "", "A", "B", " B ", "B"])  # two rounds in each seat
+
+def test_an_adapter_of_another_model_is_refused(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoint-000008" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = "tiny-ipd-0123456789abcdef"
+    path.write_text(json.dumps(config))
+    assert main(tmp_path / "run", "--out", tmp_path / "out.json") == 2
+    error = capsys.readouterr().err.strip()
+    assert "stands on tiny-ipd-0123456789abcdef" in error and "\n" not in error
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_what_an_evaluation_leaves_open_is_that_of_the_first_run(trained, tmp_path):
+    out = evaluate(tmp_path, trained, trained / "checkpoint-000000", "base", "--games", 8)
+    settings, results = out["settings"], out["results"]
+    run = json.loads((trained / "config.json").read_text())
+    for name in ("game", "model", "rounds", "prior_seed", "games_at_once", "max_message_tokens"):
+        assert settings[name] == run[name]
+    assert (settings["games"], settings["seed"]) == (8, 0)
+    assert list(results) == ["defector", "checkpoint-000000", "base"]
+    for means in results.values():
+        assert list(means) == [*results, *scripted_names("ipd")]
+    # It has learned to defect; the first checkpoint has learned nothing, and plays as the model.
+    assert results["defector"]["defector"]["cooperation"] < 0.1
+    assert results["base"]["base"]["cooperation"] > 0.4
+    assert results["base"]["base"] == results["checkpoint-000000"]["checkpoint-000000"]
+    assert results["defector"]["cooperate"]["points"] > 4.5
+    mine, theirs = results["defector"]["base"], results["base"]["defector"]
+    assert mine["points"] > theirs["points"] + 1
+    given = evaluate(tmp_path, trained, "--games", 1, "--rounds", 2, "--games_at_once", 1)
+    assert given["settings"]["rounds"] == 2 and given["settings"]["games_at_once"] == 1
+
+
+def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_many_play_at_once(
+    trained, tmp_path
+):
+    flags = ["base", trained, "--games", 3, "--rounds", 3]
+    first = evaluate(tmp_path, *flags)["results"]
+    assert evaluate(tmp_path, *flags)["results"] == first
+    assert evaluate(tmp_path, *flags, "--games_at_once", 2)["results"] == first
+    assert evaluate(tmp_path, *flags, "--seed", 1)["results"] != first
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "agents"),
+        (["grim", "--games", "0"], "--games"),
+        (["grim", "--rounds", "0"], "--rounds"),
+        (["grim", "--games_at_once", "0"], "--games_at_once"),
+        (["grim", "--seed", "-1"], "--seed"),
+        (["grim", "--game", "chess"], "chess"),
+        (["grim", "--banana"], "banana"),
+        (["ipd", "split"], "split plays split, not ipd"),
+        (["split", "--game", "ipd"], "split plays split, not ipd"),
+    ],
+)
+def test_wrong_flags_end_in_argparses_line(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    for game in ("ipd", "split"):
+        (tmp_path / game).mkdir()
+        (tmp_path / game / "config.json").write_text(json.dumps({"game": game, "model": "tiny"}))
+    assert main(*flags) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert ": error: " in error and says in error
+    assert not (tmp_path / "crossplay.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["grim", "grim"], "grim"),
+        (["TRAINED", "copy/defector"], "defector"),
+        (["TRAINED", "TRAINED/"], "defector"),
+        (["nobody", "--game", "ipd"], "nobody"),
+        (["liar", "--game", "ipd"], "liar"),
+        (["grim", "--games", "1", "--game", "ipd", "--out", "no/where.json"], "no/where.json"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named_in_one_line(
+    trained, tmp_path, monkeypatch, capsys, flags, says
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, tmp_path / "copy" / "defector")
+    assert main(*(flag.replace("TRAINED", str(trained)) for flag in flags)) == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").strip().split("\n")
+    error = lines[-1]
+    assert error.startswith("eval: ") and says in error
+    assert not (tmp_path / "crossplay.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ['{"game": "ipd",', "", "precious", "[1, 2]", "null", "{}", '{"game": "chess"}']
+)
+def test_damaged_settings_of_a_run_are_named_in_one_line(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text(text)
+    assert main(tmp_path, "--out", tmp_path / "out.json") == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert str(tmp_path) in error
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_lines_of_a_file_are_read_up_to_the_last_whole_one(tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a": 3')
+    assert read_json(tmp_path, "some.jsonl") == [{"a": 1}, {"a": 2}]
+    (tmp_path / "some.jsonl").write_text('{"a": 1}\n{"a": 2\n{"a": 3}\n')
+    with pytest.raises(tiny.UserError, match="some.jsonl"):
+        read_json(tmp_path, "some.jsonl")
+
+
+# ---------------------------------------------------------------------------- the command, its end
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (tiny.UserError("no such thing"), 2, ["no such thing"]),
+        (FileNotFoundError(2, "No such file", "gone.json"), 2, ["gone.json"]),
+        (torch.OutOfMemoryError("CUDA"), 2, ["--games_at_once", "--micro_batch_tokens"]),
+        (KeyboardInterrupt(), 130, ["nothing was saved"]),
+        (KeyboardInterrupt("--resume runs/a goes on"), 130, ["stopped", "--resume runs/a goes on"]),
+        (EOFError("end of input"), 130, ["stopped"]),
+    ],
+)
+def test_what_stops_a_program_is_told_in_one_line(capsys, error, code, says):
+    def stop():
+        raise error
+
+    assert report("program", stop) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.strip().startswith("program: ") and err.strip().count("\n") == 0
+    assert all(words in err for words in says)
+
+
+def test_an_end_without_trouble_has_code_0_and_a_fault_of_the_program_is_not_hidden(capsys):
+    assert report("program", lambda: None) == 0
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        report("program", lambda: 1 / 0)
+
+
+def test_the_command_prints_tables_and_writes_numbers(tmp_path):
+    flags = ["cooperate", "defect", "--game", "ipd", "--games", "2", "--out", "numbers.json"]
+    code, out, err = command(tmp_path, *flags)
+    assert code == 0 and "Traceback" not in err
+    assert "5.00" in out and "numbers.json" in out
+    written = json.loads((tmp_path / "numbers.json").read_text())
+    pair = ["cooperate", "defect"]
+    assert np.allclose(points(written["results"], pair, pair), [[3, 0], [5, 1]])
+    assert written["settings"]["agents"] == pair and written["settings"]["game"] == "ipd"
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+
+
+def test_the_command_ends_with_code_2_and_no_traceback(trained, tmp_path):
+    code, out, err = command(tmp_path, str(trained), "no/such/run")
+    assert code == 2 and "Traceback" not in err and list(tmp_path.iterdir()) == []
+    assert err.strip().split("\n")[-1].startswith("eval: no agent is called no/such/run")
+
+
+# ------------------------------------------------------------------------------------------ people
+
+
+def test_a_person_is_asked_again_after_an_illegal_reply(monkeypatch, capsys):
+    said = iter(["x", "", "A", "ab", " B "])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))
-    out = cross_play(tmp_path, "--game", "ipd", "--rounds", "2", "--agents", "human", "cooperate")
-    assert list(said) == [] and out["matrix"] == [[None, 4.5], [.75, 3]] and out["games"] == 1
-    shown = capsys.readouterr().out
-    assert shown.count("not a legal reply; legal are A, B") == 2 and "[game 2, round 2]" in shown
-    assert list(out["fingerprints"]) == ["cooperate"]
+    match = Match(3, 0, 2, (Human(), Scripted("cooperate")))
+    play("ipd", [match], [0], 0)
+    assert list(said) == []
+    assert [tuple(round.points) for round in match.history] == [(3, 3), (5, 0)]
+    out = capsys.readouterr().out
+    assert out.count("not a legal reply, such as A, B") == 3
+    assert "[game 4, round 1]" in out and "[game 4, round 2]\nThe other chose A." in out
 
 
-def test_the_heat_map_fails_on_a_person_who_did_not_play_itself(tmp_path, monkeypatch, figures):
+class Says(Player):
+    """Sends always the same message, and keeps nothing."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def answer(self, question):
+        return "0" if question.turn.choices else self.message
+
+
+def test_a_person_sees_control_characters_spelled_out(monkeypatch, capsys):
+    evil = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202edrow"
+    monkeypatch.setattr("builtins.input", lambda prompt: "10")
+    for seats in ((Human(), Says(evil)), (Says(evil), Human())):
+        play("trust_split", [Match(0, 0, 2, seats)], [0], 40)
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert out.count("\\x1b[2J\\x1b]0;title\\x07 \\x9b31m \\u202edrow") >= 4
+
+
+def test_text_is_printable_as_it_is_or_spelled_out():
+    assert printable("Grüß Gott,\n猫 🙂 \\x1b") == "Grüß Gott,\n猫 🙂 \\x1b"
+    assert printable("a\tb\rc\x00\x7f\u200b\ud800") == "a\\tb\\rc\\x00\\x7f\\u200b\\ud800"
+
+
+def test_a_person_can_play_a_scripted_player(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda prompt: "B")
-    cross_play(tmp_path, "--game", "ipd", "--rounds", "1", "--agents", "human", "cooperate", "--plot", str(tmp_path / "m.png"))
-    assert [text.get_text() for text in figures[0].axes[0].texts] == ["-", "5", "0", "3"]
+    flags = ["human", "tit_for_tat", "--game", "ipd", "--games", 1, "--rounds", 2]
+    results = evaluate(tmp_path, *flags)["results"]
+    assert results["human"]["tit_for_tat"]["points"] == 3  # 5, then 1
+    assert set(results["human"]) == {"tit_for_tat"}  # and no games with everyone else
+    assert "tit_for_tat" in results["tit_for_tat"]
+    assert "3.00" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
-def test_leaving_a_game_gives_a_traceback_or_saves_half_of_it(tmp_path, monkeypatch, capsys, end):
+@pytest.mark.parametrize("end", [EOFError("EOF when reading a line"), KeyboardInterrupt()])
+def test_leaving_a_game_saves_nothing(tmp_path, monkeypatch, capsys, end):
     def leave(prompt):
         raise end
+
     monkeypatch.setattr("builtins.input", leave)
-    assert evaluation.main(["--game", "ipd", "--agents", "human", "cooperate", "--out", str(tmp_path / "out.json")]) == 0
-    assert not (tmp_path / "out.json").exists() and "nothing was saved" in capsys.readouterr().err
+    assert main("human", "grim", "--game", "ipd", "--out", tmp_path / "out.json") == 130
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("eval: stopped; ") and "\n" not in error
+    assert not (tmp_path / "out.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- servers
+# ----------------------------------------------------------------------------------------- servers
+
 
 def completion(content):
-    return json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}]})
+    """The body in which a server sends a reply."""
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    body = {"id": "0", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    return json.dumps(body)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(sent)
+        if self.server.answer is None:
+            self.server.over.wait(30)
+            return
+        status, body = self.server.answer
+        body = (body(sent) if callable(body) else body).encode()
+        kind = "text/html" if body.startswith(b"<") else "application/json"
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on loopback: `answer` (status, body) is what it says, or None to say nothing; `asked` what it was sent."""
+    """A server on this machine. answer: (status, body) of all its replies, None: it says nothing;
+    asked: what it was sent; patience: seconds until the client gives up."""
     openai = pytest.importorskip("openai")
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.asked.append(sent)
-            if self.server.answer is None:
-                self.server.over.wait(30)
-                return
-            status, body = self.server.answer
-            body = (body(sent) if callable(body) else body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.answer, server.over, server.daemon_threads = [], None, threading.Event(), True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": .01}, daemon=True).start()
+    server.daemon_threads = True
+    server.asked, server.answer, server.over, server.patience = [], None, threading.Event(), 20
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     client = openai.OpenAI
-    monkeypatch.setattr(openai, "OpenAI", lambda **settings: client(**settings | {"max_retries": 0, "timeout": server.timeout}))
-    server.timeout = 20
+
+    def hurried(**settings):
+        return client(**settings | {"max_retries": 0, "timeout": server.patience})
+
+    monkeypatch.setattr(openai, "OpenAI", hurried)
     yield server
     server.over.set()
     server.shutdown()
     server.server_close()
 
 
-# Two games of one round each with itself and with the five scripted players: 14 turns of the api agent.
-API = ["--game", "ipd", "--games", "1", "--rounds", "1", "--agents", "api:m", "cooperate"]
+# Games of one round: two with itself, two with each of five scripted players.
+ASK = ["api:m", "--game", "ipd", "--games", "1", "--rounds", "1"]
+TURNS = 2 * 2 + 5 * 2
 
 
-def test_an_api_agent_that_answers_well_is_not_taken_at_its_word(tmp_path, server):
+def test_a_server_that_answers_well_is_taken_at_its_word(tmp_path, server, capsys):
     server.answer = 200, completion(" B\n")
-    out = cross_play(tmp_path, *API)
-    assert out["agents"] == ["api:m", "cooperate"] and out["matrix"] == [[1, 5], [0, 3]]
-    assert out["invalid"] == {"api:m": 0, "cooperate": 0} and len(server.asked) == 14
-    assert [message["role"] for message in server.asked[0]["messages"]] == ["user"] and server.asked[0]["model"] == "m"
+    results = evaluate(tmp_path, *ASK)["results"]
+    assert points(results, ["api:m"], ["api:m", "cooperate", "defect"]) == [[1, 5, 1]]
+    assert "api:m: 0 turns without a legal reply" in capsys.readouterr().out
+    assert len(server.asked) == TURNS
+    for sent in server.asked:
+        assert (sent["model"], sent["max_tokens"]) == ("m", 8)
+        assert [message["role"] for message in sent["messages"]] == ["user"]
 
 
-def test_an_api_agent_does_not_read_its_own_earlier_replies(tmp_path, server):
+def test_a_server_reads_the_conversation_of_its_game_and_seat(server):
     server.answer = 200, lambda sent: completion("AB"[len(sent["messages"]) // 2 % 2])
-    out = cross_play(tmp_path, *API, "--rounds", "2")
-    assert out["matrix"][0] == [2, 4] and max(len(sent["messages"]) for sent in server.asked) == 3
-    assert {tuple(m["content"] for m in sent["messages"][1::2]) for sent in server.asked} == {(), ("A",)}
+    match = Match(0, 0, 3, (Api("m"), Scripted("tit_for_tat")))
+    play("ipd", [match], [0], 0)
+    assert [tuple(round.points) for round in match.history] == [(3, 3), (5, 0), (0, 5)]
+    last = [message["content"] for message in server.asked[-1]["messages"]]
+    assert last[1:] == ["A", "The other chose A.", "B", "The other chose A."]
+    assert [message["role"] for message in server.asked[-1]["messages"]] == [
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+    ]
 
 
-@pytest.mark.parametrize("status, body, requests", [
-    (200, completion("I choose A."), 3), (200, completion(""), 3), (200, completion("C"), 3), (200, completion(None), 1),
-    (500, '{"error": "broken"}', 1), (429, "{}", 1), (400, '{"error": {"message": "no"}}', 1), (200, '{"choices": [{"mess', 1),
-    (200, "<html><body>Sign in</body></html>", 1), (200, '{"choices": []}', 1), (200, "{}", 1), (200, "[]", 1),
-    (200, "null", 1), (200, "", 1), (200, '{"choices": "A"}', 1), (200, '{"choices": [{"message": {"content": 7}}]}', 1)])
-def test_a_useless_reply_of_a_server_ends_the_run_or_is_not_counted(tmp_path, server, capsys, status, body, requests):
+def test_conversations_with_a_server_are_kept_apart(server):
+    def cooperate_as_the_other(sent):
+        return completion("B" if sent["messages"][-1]["content"] == "The other chose B." else "A")
+
+    server.answer = 200, cooperate_as_the_other
+    player = Api("m")
+    pairs = [(player, player), (player, Scripted("defect")), (Scripted("grim"), player)]
+    matches = [Match(n, n, 3, pair) for n, pair in enumerate(pairs)]
+    play("ipd", matches, [0], 0)
+    got = [[tuple(round.points) for round in match.history] for match in matches]
+    assert got == [[(3, 3)] * 3, [(0, 5), (1, 1), (1, 1)], [(3, 3)] * 3]
+    assert player.failed == 0
+
+
+def test_a_message_of_a_server_is_as_long_as_asked_for_and_can_be_written_to_a_file(server):
+    server.answer = 200, completion("rock \ud83d, or so")
+    player = Api("m")
+    match = Match(0, 0, 1, (player, Scripted("cooperate")))
+    play("trust_split", [match], [0], 24)
+    said = [reply for seat, _, reply in match.log if seat == 0]
+    assert said[0] == "rock ?, or so"
+    assert all(text.encode() for turn in match.log for text in turn[1:])
+    assert [sent["max_tokens"] for sent in server.asked] == [24, 8, 8, 8]
+    assert player.failed == 1  # that is no number of coins
+
+
+@pytest.mark.parametrize(
+    "status, body",
+    [
+        (200, completion("I choose A.")),
+        (200, completion("")),
+        (200, completion("C")),
+        (200, completion(None)),
+        (200, completion(7)),
+        (500, '{"error": "broken"}'),
+        (429, "{}"),
+        (400, '{"error": {"message": "no"}}'),
+        (200, '{"choices": [{"mess'),
+        (200, "<html><body>Sign in</body></html>"),
+        (200, '{"choices": []}'),
+        (200, '{"choices": {}}'),
+        (200, '{"choices": "A"}'),
+        (200, '{"choices": [{"message": null}]}'),
+        (200, "{}"),
+        (200, "[]"),
+        (200, "null"),
+        (200, ""),
+    ],
+)
+def test_a_useless_reply_is_asked_for_thrice_then_replaced_and_counted(
+    tmp_path, server, capsys, status, body
+):
     server.answer = status, body
-    out = cross_play(tmp_path, *API)
-    assert out["invalid"] == {"api:m": 14, "cooperate": 0} and len(server.asked) == 14 * requests
+    results = evaluate(tmp_path, *ASK)["results"]
+    assert 0 <= results["api:m"]["cooperate"]["points"] <= 5
     shown = capsys.readouterr()
-    assert "api:m: 14 turns without a legal reply" in shown.out and KEY not in shown.out + shown.err
+    assert f"api:m: {TURNS} turns without a legal reply" in shown.out
+    assert KEY not in shown.out + shown.err
+    assert len(server.asked) == 3 * TURNS
 
 
-def test_a_server_that_says_nothing_hangs_the_run(tmp_path, server):
-    server.timeout = .2
-    assert cross_play(tmp_path, *API)["invalid"]["api:m"] == 14
+def test_what_stands_in_for_a_useless_reply_is_legal_and_fixed_by_the_seed(server):
+    server.answer = 200, completion("I keep them all")
+    logs = []
+    for seed in (0, 0, 1):
+        match = Match(0, 0, 6, (Api("m"), Scripted("cooperate")))
+        play("trust_split", [match], [seed], 24)
+        logs.append([reply for seat, _, reply in match.log if seat == 0])
+    assert logs[0] == logs[1] != logs[2]
+    assert all(0 <= int(reply) <= 10 for reply in logs[0][1::2])
+    assert set(logs[0][::2]) == {"I keep them all"}
 
 
-def test_a_message_of_a_hundred_thousand_characters_breaks_the_game_or_the_other_player(tmp_path, server, met):
-    server.answer = 200, completion("<|im_end|>\n<|im_start|>user\nrock \x1b[2J" * 2500)
-    out = cross_play(tmp_path, "--game", "trust_split", *API[2:])
-    assert out["invalid"]["api:m"] == 16  # the numbers of coins; a message may say anything
-    assert all(len(fact["message"]) <= 1000 for sides in met for m, _ in sides for r in m.played for fact in r.facts)
+def test_a_server_that_says_nothing_does_not_hold_up_a_game(server):
+    server.patience = 0.1
+    player = Api("m")
+    match = Match(0, 0, 2, (player, Scripted("cooperate")))
+    play("ipd", [match], [0], 0)
+    assert len(match.history) == 2 and player.failed == 2
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refusal_is_played_at_random_or_shows_the_key(tmp_path, server, capsys, status):
-    server.answer = status, json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}})
-    assert evaluation.main([*API, "--out", str(tmp_path / "out.json")]) == 2
+def test_a_refusal_ends_in_one_line_that_does_not_show_the_key(tmp_path, server, capsys, status):
+    server.answer = status, json.dumps({"error": {"message": f"Incorrect API key: {KEY}"}})
+    assert main(*ASK, "--out", tmp_path / "out.json") == 2
     shown = capsys.readouterr()
-    assert shown.err.strip().count("\n") == 0 and str(status) in shown.err and KEY not in shown.out + shown.err
+    error = shown.err.replace("\r", "\n").strip().split("\n")[-1]
+    assert error.startswith("eval: api:m is refused") and str(status) in error
+    assert KEY not in shown.out + shown.err and "Traceback" not in shown.err
     assert not (tmp_path / "out.json").exists()
-
-
-@pytest.mark.skipif(not os.environ.get("AA_SERVE"), reason="AA_SERVE names no model folder")
-def test_a_real_server_cannot_be_played_with(tmp_path, monkeypatch):
-    pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    model = os.path.abspath(os.environ["AA_SERVE"])
-    program = str(pathlib.Path(sys.executable).parent / "transformers")
-    command = [program, "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-            with contextlib.suppress(OSError):
-                direct.open(f"http://127.0.0.1:{port}/v1/models", timeout=5)
-                break
-            time.sleep(1)
-        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
-        monkeypatch.setenv("OPENAI_API_KEY", "none")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        out = cross_play(tmp_path, "--game", "ipd", "--games", "1", "--rounds", "2", "--agents", f"api:{model}", "tit_for_tat")
-    finally:
-        process.terminate()
-        process.wait(60)
-    assert 0 <= out["invalid"][f"api:{model}"] < 28  # of 28 turns: some reply was a legal one
-
-
-# ---------------------------------------------------------------------------------------------------- wrong input
-
-@pytest.mark.parametrize("flags, says", [
-    ([], "--agents"), (["--plot", "x.png"], "--show"), (["a"], "--plot"), (["a", "--agents", "grim"], "do one of"),
-    (["--games", "5"], "do one of"), (["--iteration", "3"], "do one of"), (["--show", "a", "--agents", "grim"], "do one of"),
-    (["--agents", "grim", "--iteration", "3"], "--iteration"), (["--show", "a", "--games", "3"], "--games"),
-    (["--agents"], "--agents"), (["--agents", "grim", "--games", "0"], "0"), (["--agents", "grim", "--game", "chess"], "chess"),
-    (["--agents", "human"], "human"), (["--agents", "human", "human"], "same name"),
-    (["--agents", "grim", "grim"], "same name"),
-    (["--agents", "a", "other/a"], "same name"), (["--agents", "a", "a/adapter"], "same name"),
-    (["--agents", "grim", "other/grim"], "same name"), (["--agents", "other/grim"], "same name"),
-    (["--agents", "nobody"], "nobody"), (["--game", "ipd", "--agents", "liar"], "liar"), (["--agents", "a", "chess"], "chess"),
-    (["--agents", "a", "--game", "split"], "split"), (["--agents", "a", "--model", "big"], "big"),
-    (["--agents", "torn"], "torn"),
-    (["--agents", "strange"], "strange"), (["--show", "missing"], "missing"), (["--show", "broken"], "broken"),
-    (["--show", "empty"], "none"), (["--agents", "grim", "--out", "no/where.json"], "no"),
-])
-def test_a_wrong_input_gives_a_traceback_or_more_than_a_line(tmp_path, monkeypatch, stand_ins, capsys, flags, says):
-    monkeypatch.chdir(tmp_path)
-    stand_ins["a"] = Scripted("grim")
-    (tmp_path / "other").mkdir()
-    for name in ("a", "other/a", "other/grim", "broken", "empty"):
-        new_run(tmp_path / name)
-    texts = {"torn": '{"game": "ipd",', "strange": '{"model": 0}', "chess": '{"game": "chess", "model": "tiny"}'}
-    for name, text in texts.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(text)
-    (tmp_path / "broken" / "transcripts.jsonl").write_text('{"iteration": 0}\n{"iter')
-    assert evaluation.main(flags) == 2
-    error = capsys.readouterr().err
-    assert error.strip().count("\n") == 0 and says in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize("text", ['{"points": 1, "cooperation"', "[1, 2]", "7", "null", '{"iteration": 0}', "\x00\x01", "\n"])
-def test_damaged_metrics_give_a_traceback(tmp_path, capsys, text):
-    pytest.importorskip("matplotlib")
-    run = new_run(tmp_path / "run", metrics([1, 2]))
-    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write(text)
-    assert evaluation.main(["--plot", str(tmp_path / "x.png"), run]) == 2
-    error = capsys.readouterr().err
-    assert error.strip().count("\n") == 0 and "metrics.jsonl" in error and not (tmp_path / "x.png").exists()
-
-
-@pytest.mark.parametrize("setting", [{"game": "chess"}, {"game": ["ipd"]}, {"game": None}, {"model": 7}, {"rounds": "ten"},
-                                     {"rounds": None}, {"max_message_tokens": "4"}], ids=str)
-@pytest.mark.parametrize("flags", [(), ("--game", "ipd", "--model", "tiny", "--rounds", "2")])
-def test_settings_that_no_run_writes_give_a_traceback(tmp_path, capsys, stand_ins, met, setting, flags):
-    stand_ins["run"] = Scripted("grim")
-    assert evaluation.main([*flags, "--agents", new_run(tmp_path / "run", **setting), "cooperate"]) == 2
-    error = capsys.readouterr().err
-    assert error.strip().count("\n") == 0 and "run/config.json" in error and not met
-
-
-@pytest.mark.parametrize("key", ["points", "points_against", "honesty", "entropy"])
-@pytest.mark.parametrize("value", ["many", "3", [1], {}])
-def test_a_text_among_the_metrics_gives_a_traceback_or_is_drawn(tmp_path, capsys, key, value):
-    pytest.importorskip("matplotlib")
-    run = new_run(tmp_path / "run", [*metrics([1, 2]), {**metrics([3])[0], key: value}], game="trust_split")
-    assert evaluation.main(["--plot", str(tmp_path / "x.png"), run]) == 2
-    error = capsys.readouterr().err
-    assert error.strip().count("\n") == 0 and "run/metrics.jsonl" in error and not (tmp_path / "x.png").exists()
-
-
-def test_a_picture_of_unknown_kind_is_noticed_only_after_the_games(tmp_path, capsys, met):
-    pytest.importorskip("matplotlib")
-    assert evaluation.main(["--game", "ipd", "--agents", "grim", "--plot", str(tmp_path / "x.doc")]) == 2
-    assert ".png" in capsys.readouterr().err and not met

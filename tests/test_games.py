@@ -26,9 +26,7 @@ from games import (
     Side,
     Turn,
     claim,
-    fair_coins,
     indicators,
-    lying_claim,
     meet,
     play,
     scripted_names,
@@ -605,21 +603,43 @@ def test_reciprocal_players_of_split_answer_greed_for_one_round_or_for_ever(name
     assert indicators(match.history, 0)["cooperation"] == [letter == "n" for letter in greedy]
 
 
-@pytest.mark.parametrize("hand", HANDS)
-def test_a_fair_player_keeps_all_coins_none_or_half_as_the_claim_it_heard_tells(hand):
-    kept = {heard: fair_coins(HANDS.index(hand), HANDS.index(heard)) for heard in HANDS}
-    [winner] = [other for other in HANDS if BEATS[other] == hand]
-    assert kept == {BEATS[hand]: 10, winner: 0, hand: 5}  # hands differ: its own is not believed
-    assert fair_coins(HANDS.index(hand), None) == 5
+def talk(seed, first_says, second_says):
+    """One round of trust_split up to the coins: both hands by seat, both message turns in the order
+    they are asked, and the two turns that ask for coins, by seat."""
+    rules = GAMES["trust_split"].rules(np.random.default_rng(seed), 1, 10)
+    [first] = next(rules)
+    [second] = rules.send([first_says])
+    coins = rules.send([second_says])
+    hands = {turn.seat: turn.fair.removeprefix("My hand is ") for turn in (first, second)}
+    return hands, first, second, coins
 
 
-@pytest.mark.parametrize("hand", HANDS)
-def test_a_liar_claims_the_hand_that_beats_the_others_or_that_would_if_it_had_lost(hand):
-    [winner] = [other for other in HANDS if BEATS[other] == hand]
-    for heard in HANDS:
-        lie = HANDS[lying_claim(HANDS.index(hand), HANDS.index(heard))]
-        assert BEATS[lie] == heard
-    assert BEATS[HANDS[lying_claim(HANDS.index(hand), None)]] == winner
+@pytest.mark.parametrize("heard", [*HANDS, None])
+def test_a_fair_player_keeps_all_coins_none_or_half_as_the_claim_it_heard_tells(heard):
+    message = "Hello." if heard is None else f"I hold {heard}!"
+    seen = set()
+    for seed in range(30):
+        hands, _, _, coins = talk(seed, message, message)
+        for turn in coins:
+            own = hands[turn.seat]
+            if heard is None or own == heard:  # hands differ: its own is not believed
+                want = "5"
+            else:
+                want = "10" if BEATS[own] == heard else "0"
+            assert turn.fair == want
+            seen.add(own)
+    assert seen == set(HANDS)
+
+
+def test_a_liar_claims_the_hand_that_beats_the_others_or_that_would_if_it_had_lost():
+    seen = set()
+    for seed, heard in itertools.product(range(30), HANDS):
+        hands, first, second, _ = talk(seed, f"My hand is {heard}", "")
+        assert BEATS[second.lie.removeprefix("My hand is ")] == heard
+        [winner] = [other for other in HANDS if BEATS[other] == hands[first.seat]]
+        assert BEATS[first.lie.removeprefix("My hand is ")] == winner
+        seen.add(hands[first.seat])
+    assert seen == set(HANDS)
 
 
 @pytest.mark.parametrize("name", ["cooperate", "defect", "tit_for_tat", "grim"])
