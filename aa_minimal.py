@@ -33,8 +33,7 @@ from tiny import BUILT_IN, UserError, user_error
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
 SNAPSHOT_EVERY = TRANSCRIPTS_EVERY = 10  # iterations
 
-# Defaults that differ by game, for real models and for the built-in one; `--help` prints those that
-# a run with the same flags would take.
+# Defaults that differ by game, for real models and for the built-in one; `--help` prints them, too.
 REAL_MATRIX = dict(iterations=200, games=32, group_size=8, lr=2e-5, gamma=0.9, beta=0.5)
 REAL_TRUST = dict(iterations=200, games=32, group_size=8, lr=2e-5, gamma=0.96, beta=2.0)
 REAL_SPLIT = dict(iterations=200, games=32, group_size=8, lr=2e-5, gamma=0.9, beta=1.0)
@@ -100,10 +99,14 @@ def parse(argv):
     defaults = built_in if known.model in BUILT_IN else real
     if known.resume:
         defaults = read_json(known.resume, "config.json")
+        if any(field.name not in defaults for field in dataclasses.fields(Settings)):
+            raise UserError(f"{known.resume}/config.json is not whole: restore it, or start anew")
     parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
     parser.set_defaults(**defaults)
-    settings = parser.parse_args_into_dataclasses(argv)[0]
+    settings, *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     check(settings, parser.error)
     if known.resume:
         for name, value in defaults.items():
@@ -140,8 +143,8 @@ class Run:
         self.llm = load(*which, settings.prior_seed)
         self.weights = [p for p in self.llm.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.weights, lr=settings.lr, betas=(0.9, 0.95))
-        names = settings.opponent or []
-        self.opponents = [find_agent(name, settings.game, self.llm) for name in names]
+        names, game = settings.opponent or [], settings.game
+        self.opponents = [find_agent(name, game, self.llm) for name in names]
         if settings.resume:
             self.restore()
             return
@@ -151,18 +154,18 @@ class Run:
             n += 1
             self.folder = pathlib.Path(f"{name}-{n}")
         self.folder.mkdir(parents=True)  # an error if another run was faster
-        (self.folder / "metrics.jsonl").touch()
+        write_whole(self.folder / "metrics.jsonl")
         self.save()
 
     def save(self):
         """Write a checkpoint beside the others, then rename it: what bears the name is whole."""
-        config = json.dumps({**vars(self.settings), "resume": ""}, indent=1)
-        (self.folder / "config.json").write_text(config, encoding="utf-8")
+        write_whole(self.folder / "config.json", {**vars(self.settings), "resume": ""})
         unfinished, older = self.folder / "unfinished", list(self.folder.glob("checkpoint-*"))
         shutil.rmtree(unfinished, ignore_errors=True)
-        which = dict(selected_adapters=["default"], save_embedding_layers=False)
-        self.llm.model.save_pretrained(unfinished, **which)
-        torch.save(self.optimizer.state_dict(), unfinished / "optimizer.pt")
+        with user_error(f"cannot write {unfinished}", "make room, then --resume"):
+            which = dict(selected_adapters=["default"], save_embedding_layers=False)
+            self.llm.model.save_pretrained(unfinished, **which)
+            torch.save(self.optimizer.state_dict(), unfinished / "optimizer.pt")
         unfinished.rename(self.folder / f"checkpoint-{self.iteration:06d}")
         for folder in older:
             (folder / "optimizer.pt").unlink(missing_ok=True)
@@ -176,18 +179,27 @@ class Run:
         if newest is None:
             raise UserError(f"{self.folder} holds no checkpoint: start a new run")
         self.llm.load_adapter(newest, "default")
-        with user_error(f"{newest} is damaged", "restore it, or start a new run"):
+        log = self.folder / "metrics.jsonl"
+        with user_error(f"{newest} or {log} is damaged", "restore it, or start a new run"):
             self.iteration = int(newest.name[-6:])
             self.optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
-        lines = read_json(self.folder, "metrics.jsonl")
-        lines = [json.dumps(line) for line in lines if line["iteration"] < self.iteration]
-        (self.folder / "unfinished.jsonl").write_text("\n".join([*lines, ""]))
-        (self.folder / "unfinished.jsonl").replace(self.folder / "metrics.jsonl")
+            lines = read_json(self.folder, "metrics.jsonl")
+            lines = [line for line in lines if line["iteration"] < self.iteration]
+            if len(lines) != self.iteration:
+                raise ValueError("lines are missing")
+        write_whole(log, *lines)
 
     def past_selves(self):
         """Iterations whose checkpoints are opponents now: every tenth, the newest `buffer`."""
         taken = list(range(0, self.iteration + 1, SNAPSHOT_EVERY))
         return taken[-self.settings.buffer :] if self.settings.buffer else []
+
+
+def write_whole(path, *lines):
+    """Replace the file `path` by dicts, one a line: at once, or not at all."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.with_name("unfinished.json").write_text(text, encoding="utf-8")
+    path.with_name("unfinished.json").replace(path)
 
 
 def draw_matches(run, live):
@@ -212,8 +224,7 @@ def draw_matches(run, live):
         learner_sits_first = (g + run.iteration) % 2 == 0
         players = (live, opponent) if learner_sits_first else (opponent, live)
         for n in range(settings.group_size):
-            number, deal = g * settings.group_size + n, g
-            matches.append(Match(number, deal, rounds, players))
+            matches.append(Match(g * settings.group_size + n, g, rounds, players))  # deal g
     return matches
 
 
@@ -309,10 +320,7 @@ def progress(game, line):
         warn("all games of every group ended alike: nothing can be learned from them")
     if line["entropy"] < 1e-6:
         warn("the entropy is near zero: nothing is explored any more")
-    if line.get("silence") == 1:
-        warn("every message is empty")
-    headline = GAMES[game].headline
-    values = {name: line[name] for name in ("points", headline, "entropy")}
+    values = {name: line[name] for name in ("points", GAMES[game].headline, "entropy")}
     return {name: "-" if value is None else f"{value:.2f}" for name, value in values.items()}
 
 
@@ -326,8 +334,8 @@ def write_transcript(run, iteration, matches, live):
             lines.append(f"PLAYER {seat + 1}: {printable(reply)}\n")
         points = ["{:.1f} {:.1f}".format(*round.points) for round in match.history]
         lines.append(f"points by round: {', '.join(points)}\n\n")
-    name = f"transcript-{iteration:06d}.txt"
-    (run.folder / name).write_text("\n".join(lines), encoding="utf-8")
+    path = run.folder / f"transcript-{iteration:06d}.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def main(argv=None):
@@ -342,7 +350,7 @@ def main(argv=None):
         results = crossplay(settings.game, agents, deals, settings.rounds, seed, *limits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on") from None
-    (run.folder / "summary.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_whole(run.folder / "summary.json", results)
     print_crossplay(settings.game, results)
     print(f"\nEverything is in {run.folder}; transcript-*.txt there are whole games")
 

@@ -38,7 +38,7 @@ def report(program, main):
         advice = "lower --games_at_once (play) or --micro_batch_tokens (update)"
         print(f"{program}: out of memory; {advice}", file=sys.stderr)
     except (KeyboardInterrupt, EOFError) as error:
-        print(f"\n{program}: stopped; {error or 'nothing was saved'}", file=sys.stderr)
+        print(f"\n{program}: stopped; {str(error) or 'nothing was saved'}", file=sys.stderr)
         return 130
     return 2
 
@@ -134,7 +134,7 @@ class Api(Player):
             import openai
 
             self.create = openai.OpenAI(max_retries=3, timeout=30).chat.completions.create
-        self.errors = (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError)
+        self.errors = (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError)
         self.model, self.failed = model, 0
 
     def begin(self, seed, keys):
@@ -212,18 +212,19 @@ def parse(argv):
     add("--game", choices=list(GAMES), help=f"which game {of_run}")
     add("--model", help=f"what `base` and adapters stand on {of_run}")
     add("--rounds", type=int, help=f"rounds per game {of_run}")
-    add("--games", type=int, default=64, help="deals per pair, each played in both seats")
+    add("--games", type=int, help="deals per pair, in both seats each (default: 64, with human 1)")
     add("--games_at_once", type=int, help="games played at a time; fewer need less memory")
     add("--seed", type=int, default=0, help="fixes deals and sampling")
     add("--out", default="crossplay.json", help="file for the numbers")
     args = parser.parse_args(argv)
     runs = [name for name in args.agents if os.path.isfile(os.path.join(name, "config.json"))]
     configs = [read_json(run, "config.json") for run in runs]
+    args.games = (1 if "human" in args.agents else 64) if args.games is None else args.games
     given = {name: value for name, value in vars(args).items() if value is not None}
     args = argparse.Namespace(**{**DEFAULTS, **(configs[0] if configs else {}), **given})
     for run, config in zip(runs, configs):
-        if config["game"] != args.game:
-            parser.error(f"{run} plays {config['game']}, not {args.game}: evaluate it apart")
+        if config.get("game") != args.game or args.game not in GAMES:
+            parser.error(f"{run} plays {config.get('game')}, not {args.game}: evaluate it apart")
     if min(args.rounds, args.games, args.games_at_once, args.seed + 1) < 1:
         parser.error("--rounds, --games and --games_at_once begin at 1, --seed at 0")
     return args

@@ -148,7 +148,6 @@ def split(rng, rounds, max_tokens):
             fair = " ".join("10" if a > b else "5" if a == b else "0" for a, b in zip(own, other))
             turns.append(Turn(seat, text, TRIPLES, fair, greedy="10 10 10"))
         kept = [[int(n) for n in reply.split()] for reply in (yield turns)]
-
         points, fair, indicators = [0, 0], [], []
         for seat in (0, 1):
             own, other = values[seat], values[1 - seat]
@@ -251,7 +250,6 @@ def play(game, matches, seed, max_tokens, at_once=None):
         turns[match] = next(rules[match])
     for player in keys:
         player.begin([*seed, 1], keys[player])
-
     while turns:
         questions, replies = defaultdict(list), {}  # by player; by key
         for match in turns:

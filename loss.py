@@ -89,6 +89,5 @@ def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_co
     the gradients of micro-batches add up to the same however it was cut. w = min(p / p_play, cut),
     detached, is a truncated importance weight: 1 but for rounding. -> (loss, p / p_play [n])"""
     ratio = (logp.detach() - logp_play).exp()
-    weight = ratio.clamp(max=cut)
-    per_token = -weight * credit * logp - entropy_coef * entropy + kl_coef * kl
+    per_token = -ratio.clamp(max=cut) * credit * logp - entropy_coef * entropy + kl_coef * kl
     return per_token.sum() / total, ratio

@@ -94,7 +94,6 @@ class LLM:
         for i in self.framing.control - {self.framing.end}:
             self.sayable[i : i + 1] = False
         self.slice = max(16, 2**24 // V)  # rows of logits at a time in the update
-
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM")
         config.target_modules = "all-linear"
@@ -187,13 +186,15 @@ class LLM:
             if adapter not in self.model.peft_config:
                 self.model.add_adapter(adapter, config)
             result = peft.set_peft_model_state_dict(self.model, weights, adapter)
-            if result.unexpected_keys:
-                raise ValueError(f"it has weights for {result.unexpected_keys[0]}")
+            missing = [name for name in result.missing_keys if f".{adapter}." in name]
+            if missing or result.unexpected_keys:
+                raise ValueError(
+                    f"weights too few or many, {[*missing, *result.unexpected_keys][0]}"
+                )
 
 
 class Policy(Player):
-    """The model under one adapter (None: without any) as a player.
-    episodes {key: Episode}: all that this player has played."""
+    """The model under one adapter (None: without any) as a player; `episodes` {key: Episode}."""
 
     def __init__(self, llm, adapter="default"):
         self.llm, self.adapter, self.episodes = llm, adapter, {}

@@ -29,8 +29,6 @@ from games import Match, Scripted, play
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels when imported
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's calls
-
-
 # Imitation of a population of scripted players: {name: share}, chance of a random reply, rounds of
 # the longest game, training steps.
 Lesson = namedtuple("Lesson", "shares noise rounds steps")
@@ -41,7 +39,7 @@ SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
-TRUST = {"tit_for_tat": 0.2, "cooperate": 0.55, "defect": 0.04, "liar": 0.21}
+TRUST = {"tit_for_tat": 0.12, "cooperate": 0.6, "defect": 0.07, "liar": 0.21}
 SPLIT = {"tit_for_tat": 0.15, "cooperate": 0.55, "defect": 0.3}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
@@ -189,8 +187,7 @@ class Framing:
         return self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False).strip()
 
     def trie(self, choices):
-        """{ids written so far: sorted ids that may come next} over the legal replies `choices`.
-        ValueError where two of them cannot be told apart."""
+        """{ids written so far: sorted ids that may come next} over the legal replies `choices`."""
         following = {}
         for text in choices:
             ids = self.reply(text)
@@ -274,10 +271,9 @@ def load(name, game, seed=0):
         taught = [(conversations(lesson, game, 4096, seed), lesson.steps) for lesson in lessons]
         tokenizer = build_tokenizer([text for chat in taught[-1][0][:512] for text in chat])
         torch.manual_seed(seed)
-        end, size = tokenizer.eos_token_id, dict(vocab_size=len(tokenizer), hidden_size=64)
-        size |= dict(intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-        size |= dict(max_position_embeddings=8192, bos_token_id=None)
-        model = LlamaForCausalLM(LlamaConfig(eos_token_id=end, pad_token_id=end, **size))
+        size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2)
+        size |= dict(num_attention_heads=4, max_position_embeddings=8192, bos_token_id=None)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
         model.lm_head.weight.data *= 20  # adapters leave it alone: a flat one would bind them
         parts = model.model, model.lm_head, model.parameters(), Framing(tokenizer)
         imitate(*parts, taught, lr=3e-3, batch=32, seed=seed)

@@ -642,6 +642,14 @@ def test_a_liar_claims_the_hand_that_beats_the_others_or_that_would_if_it_had_lo
     assert seen == set(HANDS)
 
 
+@pytest.mark.parametrize("max_tokens", [0, 24])
+@pytest.mark.parametrize("other", ["cooperate", "liar", "random"])
+def test_a_fair_player_is_never_taken_for_a_greedy_one(other, max_tokens):
+    matches = play_games("trust_split", ("cooperate", other), count=40, max_tokens=max_tokens)
+    acts = [round.fair[0] for match in matches for round in match.history]
+    assert set(acts) == {True, None}
+
+
 @pytest.mark.parametrize("name", ["cooperate", "defect", "tit_for_tat", "grim"])
 def test_all_but_the_liar_and_the_random_player_tell_their_hand(name):
     for match in play_games("trust_split", (name, "random"), count=20):
@@ -866,10 +874,10 @@ def test_indicators_of_trust_split_are_those_counted_by_hand():
         return Says(say)
 
     plans = (
-        [(True, 10), (False, 3), (True, 5), (False, 9), (True, 4)],
+        [(True, 10), (False, 3), (True, 6), (False, 9), (True, 5)],
         [(False, 8), (True, 10), (False, 6), (True, 2), (True, 10)],
     )
-    upper = [True, False, False, True, False]  # of seat 0; below, less than half is cooperation
+    upper = [True, False, False, True, False]  # of seat 0; below, up to half is cooperation
     for deal in range(1000):
         match = Match(0, deal, 5, (player(plans[0]), player(plans[1])))
         play("trust_split", [match], [0], 24)
@@ -890,9 +898,9 @@ def test_indicators_of_trust_split_are_those_counted_by_hand():
         "silence_after_fair": [0],
         "keep_upper": [10, 9],
         "keep_upper_after_greedy": [9],
-        "keep_lower": [3, 5, 4],
-        "keep_lower_after_greedy": [3, 5],
-        "keep_lower_after_fair": [4],
+        "keep_lower": [3, 6, 5],
+        "keep_lower_after_greedy": [3, 6],
+        "keep_lower_after_fair": [5],
     }
     assert profile(match, 1) == {
         "cooperation": [0, 1],
