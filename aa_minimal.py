@@ -279,7 +279,6 @@ def train(run):
         check_update(ratio, grad_norm)
         run.optimizer.step()
         run.iteration += 1
-
         # Log and save.
         line = {"iteration": iteration, "entropy": entropy.mean().item(), "kl": kl.mean().item()}
         line |= {"grad_norm": grad_norm, "ratio_max": ratio.max().item(), "sampled_tokens": N}
@@ -309,13 +308,12 @@ def check_update(ratio, grad_norm):
 
 
 @functools.cache
-def warn(text):
-    """Say something once."""
+def warn(text):  # once
     tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def progress(game, line):
-    """What the progress bar shows; with a warning where learning stands still."""
+    """What the progress bar shows; warns where learning stands still."""
     if line["zero_credit"] == 1:
         warn("all games of every group ended alike: nothing can be learned from them")
     if line["entropy"] < 1e-6:

@@ -39,7 +39,7 @@ SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
-TRUST = {"tit_for_tat": 0.12, "cooperate": 0.6, "defect": 0.07, "liar": 0.21}
+TRUST = {"tit_for_tat": 0.14, "cooperate": 0.6, "defect": 0.05, "liar": 0.21}
 SPLIT = {"tit_for_tat": 0.15, "cooperate": 0.55, "defect": 0.3}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
