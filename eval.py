@@ -199,7 +199,8 @@ def print_crossplay(game, results):
     header = ["welfare", headline, "a fair player gets", "the most gets", "points"]
     print_table("With itself, and what others get from it", header, rows)
     seen = {a: results[a].get("random", {}) for a in agents}
-    keys = [key for key in max(seen.values(), key=len) if "_after_" not in key]
+    hidden = ("_after_", "standard_error")
+    keys = [key for key in max(seen.values(), key=len) if not any(part in key for part in hidden)]
     rows = [[key, *(seen[a].get(key) for a in agents)] for key in keys]
     print_table("What it does against a random player", agents, rows)
 
