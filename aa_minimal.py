@@ -76,7 +76,7 @@ class Settings:
     beta: float = flag(None, "weight of the alignment term")
     entropy: float = flag(0.01, "weight of the entropy bonus")
     kl: float = flag(0.0, "weight of the KL to the model without adapter")
-    baseline: str = flag("group", "whose mean return, per seat", choices=["group", "batch"])
+    baseline: str = flag("group", "games that share a baseline", choices=["group", "batch"])
     buffer: int = flag(30, "newest past selves that half of the groups meet; 0: none")
     opponent: list[str] = flag(None, "agents in the other seat, one drawn per group")
     lora_rank: int = flag(32, "rank of the adapter; its alpha is twice that")
@@ -139,8 +139,8 @@ class Run:
 
     def __init__(self, settings):
         self.settings, self.iteration = settings, 0
-        which = settings.model, settings.quant, settings.game, settings.lora_rank, settings.seed
-        self.llm = load(*which, settings.prior_seed)
+        how = dict(lora_rank=settings.lora_rank, seed=settings.seed, prior_seed=settings.prior_seed)
+        self.llm = load(settings.model, settings.quant, settings.game, **how)
         self.weights = [p for p in self.llm.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.weights, lr=settings.lr, betas=(0.9, 0.95))
         names, game = settings.opponent or [], settings.game
@@ -183,7 +183,7 @@ class Run:
         with user_error(f"{newest} or {log} is damaged", "restore it, or start a new run"):
             self.iteration = int(newest.name[-6:])
             self.optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
-            lines = read_json(self.folder, "metrics.jsonl")
+            lines = read_json(self.folder, log.name)
             lines = [line for line in lines if line["iteration"] < self.iteration]
             if len(lines) != self.iteration:
                 raise ValueError("lines are missing")

@@ -177,6 +177,7 @@ class LLM:
         """Load the adapter in `folder` and call it `adapter`. UserError where it does not fit."""
         with user_error(f"the adapter in {folder} cannot be used", "restore it, or name another"):
             config = peft.PeftConfig.from_pretrained(folder)
+            # The name of a built-in model holds a hash of how it was made.
             base = config.base_model_name_or_path or ""
             if base != self.name and (base.startswith("tiny-") or self.name.startswith("tiny-")):
                 raise ValueError(f"it stands on {base}, which is not {self.name}")
@@ -188,9 +189,7 @@ class LLM:
             result = peft.set_peft_model_state_dict(self.model, weights, adapter)
             missing = [name for name in result.missing_keys if f".{adapter}." in name]
             if missing or result.unexpected_keys:
-                raise ValueError(
-                    f"weights too few or many, {[*missing, *result.unexpected_keys][0]}"
-                )
+                raise ValueError(f"missing or foreign: {[*missing, *result.unexpected_keys][0]}")
 
 
 class Policy(Player):
