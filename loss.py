@@ -4,9 +4,7 @@ Pure functions of tensors, in the symbols of arXiv 2511.19405. A batch of games 
 
     rewards r --returns_to_go--> G --advantages--> A --CREDITS[name]--> c --policy_loss--> loss
 
-Axes: B games (rows), T rounds, n sampled tokens. Rows of shorter games are padded with zeros. To
-add a credit, write a function of (A_own, A_other, gamma, beta), name it in CREDITS: `--algo NAME`.
-"""
+Axes: B games (rows), T rounds, n sampled tokens. Rows of shorter games are padded with zeros."""
 
 import torch
 
@@ -21,9 +19,7 @@ def returns_to_go(rewards, gamma):
 
 def advantages(returns, group, played):
     """A[b,t] = G[b,t] - mean of G[b',t] over the other games b' of the group: leave one out.
-
-    No critic, no division by a standard deviation. A game's own return stays out of its baseline,
-    where it would bias the gradient.
+    No critic, no division by a standard deviation. With its own return, a baseline has a bias.
     returns [B, T]; group [B], int, the same for games that share a baseline; played [B, T], 1 where
     game b has a round t, else 0 -> [B, T], 0 where no other game of the group has a round t."""
     same_group = (group[:, None] == group[None, :]).to(returns.dtype)  # [B, B]
@@ -41,8 +37,7 @@ def discounted_past(A, gamma):
     return past
 
 
-# The credits c [B, T]: what every sampled token of round t is multiplied with. A_own and A_other
-# [B, T] are the advantages of the learning seat and of the other one.
+# The credits c [B, T] of one seat: what every token that it sampled in a round is multiplied with.
 def naive(A_own, A_other, gamma, beta):
     """c = A_own: each for itself (plain policy gradient)."""
     return A_own
@@ -55,7 +50,6 @@ def joint(A_own, A_other, gamma, beta):
 
 def advantage_alignment(A_own, A_other, gamma, beta):
     """c[t] = A_own[t] + beta gamma sum_{k<t} gamma^(t-k) A_own[k] A_other[t], as published.
-
     The second term rewards what helps the other after rounds that were good for oneself, and what
     harms it after bad ones: reciprocity. (The gamma in front is in the authors' code only.)"""
     return A_own + beta * gamma * discounted_past(A_own, gamma) * A_other
@@ -63,27 +57,40 @@ def advantage_alignment(A_own, A_other, gamma, beta):
 
 def causal_alignment(A_own, A_other, gamma, beta):
     """c[t] = A_own[t] + beta gamma (past[t] - S[t] A_own[t]) A_other[t]: the past ends at round t.
-
     In the published product, A_own[k] of a past round k is a whole return-to-go, so it also holds
     what the act at t does to oneself *later*. A false move that ruins the game for both makes
     A_own[k] and A_other[t] negative, and their product rewards it. Split that return at round t:
         G[k] = (sum_{k<=j<t} gamma^(j-k) r[j])  +  gamma^(t-k) G[t]
-    The group's baseline is linear in the returns, so A_own[k] - gamma^(t-k) A_own[t] is exactly
-    the advantage of the first part, the rewards of rounds k to t-1. (Exactly, where the games of a
-    group have the same number of rounds, as with `--baseline group`.) In place of A_own[k] it gives
-        sum_{k<t} gamma^(t-k) (A_own[k] - gamma^(t-k) A_own[t]) = past[t] - S[t] A_own[t]
-        past[t] = sum_{k<t} gamma^(t-k) A_own[k],   S[t] = sum_{k<t} gamma^(2(t-k))"""
+    Baselines are linear in returns, so A_own[k] - gamma^(t-k) A_own[t] is the advantage of the
+    first part alone (exactly, where the games of a group have the same number of rounds). Its sum:
+        sum_{k<t} gamma^(t-k) (A_own[k] - gamma^(t-k) A_own[t]) = past[t] - S[t] A_own[t]"""
     S = discounted_past(torch.ones_like(A_own), gamma**2)
     past = discounted_past(A_own, gamma) - S * A_own
     return A_own + beta * gamma * past * A_other
 
 
-CREDITS = {"aa_causal": causal_alignment, "aa": advantage_alignment, "naive": naive, "sum": joint}
+def alignment_just_in_time(A_own, A_other, gamma, beta):
+    """c[t] = A_own[t] + beta (sum_{k<t} gamma^(t-k) A_own[k] + A_own[t]) A_other[t]: the round at
+    hand counts as past. The variant of the paper's first submission, unstable with talk."""
+    return A_own + beta * (discounted_past(A_own, gamma) + A_own) * A_other
+
+
+def adversary(A_own, A_other, gamma, beta):
+    """c = -A_other: to harm the other, at whatever cost to oneself."""
+    return -A_other
+
+
+def margin(A_own, A_other, gamma, beta):
+    """c = A_own - A_other: to get more than the other."""
+    return A_own - A_other
+
+
+CREDITS = {"aa_causal": causal_alignment, "aa": advantage_alignment, "jit": alignment_just_in_time}
+CREDITS |= {"naive": naive, "sum": joint, "adversary": adversary, "margin": margin}
 
 
 def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_coef, cut=2.0):
     """-sum w c log p / N - entropy_coef H + kl_coef KL, over a micro-batch of n sampled tokens.
-
     logp, entropy, kl [n], in nats, under the weights being trained; logp_play [n] when the token
     was sampled; credit [n] of its round. total: N, the sampled tokens of the *whole* batch, so that
     the gradients of micro-batches add up to the same however it was cut. w = min(p / p_play, cut),

@@ -78,9 +78,22 @@ def slow_causal_alignment(A_own, A_other, gamma, beta):
     return c
 
 
+def slow_alignment_just_in_time(A_own, A_other, gamma, beta):
+    """The published sum, but over k up to t itself, and without the gamma in front."""
+    B, T = A_own.shape
+    c = torch.zeros_like(A_own)
+    for b, t in itertools.product(range(B), range(T)):
+        products = (gamma ** (t - k) * A_own[b, k] * A_other[b, t] for k in range(t + 1))
+        c[b, t] = A_own[b, t] + beta * sum(products)
+    return c
+
+
 SLOW_CREDITS = {
     "aa": slow_alignment,
     "aa_causal": slow_causal_alignment,
+    "jit": slow_alignment_just_in_time,
+    "adversary": lambda A_own, A_other, gamma, beta: 0 - A_other,
+    "margin": lambda A_own, A_other, gamma, beta: A_own - A_other,
     "naive": lambda A_own, A_other, gamma, beta: A_own,
     "sum": lambda A_own, A_other, gamma, beta: A_own + A_other,
 }
@@ -246,9 +259,11 @@ def test_fractional_points_are_kept_from_rewards_to_credits(name, dtype):
     assert equal(A_other, [[-1 / 3 + 1 / 8, 1 / 4], [1 / 3 - 1 / 8, -1 / 4]], 1e-5)
     credit = CREDITS[name](A_own, A_other, 0.5, 2.0)
     # 2 * 1/2 * 1/2 * A_own[0] * A_other[1], where aa_causal has -1/3 for A_own[0] = -1/3 + 1/8
-    aligned = {"naive": 0, "sum": 1 / 4, "aa": -5 / 192, "aa_causal": -1 / 24}[name]
+    aligned = {"naive": 0, "sum": 1 / 4, "aa": -5 / 192, "aa_causal": -1 / 24}
+    # jit: 2 * (1/2 * A_own[0] + A_own[1]) * A_other[1]
+    aligned |= {"jit": 7 / 96, "adversary": -1 / 2, "margin": -1 / 4}
     assert credit.dtype == A_own.dtype == dtype
-    assert credit[0, 1].item() == pytest.approx(1 / 4 + aligned, rel=1e-5)
+    assert credit[0, 1].item() == pytest.approx(1 / 4 + aligned[name], rel=1e-5, abs=1e-7)
 
 
 # -------------------------------------------------------------------------------------- policy loss
