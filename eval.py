@@ -11,7 +11,9 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import sys
+import unicodedata
 
 import numpy as np
 import torch
@@ -66,10 +68,9 @@ def print_table(title, header, rows):
 
 def load(name, quant, game, lora_rank=8, seed=0, prior_seed=0):
     """The LLM `name` with a fresh adapter that `seed` fixes. UserError for what cannot be had.
-    quant: real models are in 4 bits with "nf4", and on a GPU with "auto"; else in float32 on a
-    CPU, bfloat16 on a GPU. prior_seed: which built-in model of that name."""
+    quant: "nf4", 4 bits; "auto", 4 bits on a GPU; else float32 on a CPU, bfloat16 on a GPU."""
     if name in BUILT_IN:
-        base, tokenizer = tiny.load(name, game, prior_seed)
+        base, tokenizer = tiny.load_built_in(name, game, prior_seed)
         return LLM(base, tokenizer, lora_rank, seed, os.path.basename(base.name_or_path))
     print(f"loading {name} ...", flush=True)
     on_gpu = torch.cuda.is_available()
@@ -85,8 +86,7 @@ def load(name, quant, game, lora_rank=8, seed=0, prior_seed=0):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         base = transformers.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
     for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # such weights would have no gradient
+        module.support_avx512bf16_for_cpu = False  # in bitsandbytes, it would cost the gradient
     return LLM(base, tokenizer, lora_rank, seed, name)
 
 
@@ -125,46 +125,101 @@ class Human(Player):
         return said
 
 
+def legal_reply(text, choices):
+    """The one of `choices` that `text` names as a word, "" where it names none or several.
+    Without choices it is all of `text`. Thoughts are left out."""
+    thought = r"<(think\w*|thought)>.*?(</\1>|$)"  # `$`: one that has no end
+    text = re.sub(thought, "", text, flags=re.DOTALL).strip()
+    if not choices:
+        return text
+    text = unicodedata.normalize("NFKC", text)  # full-width characters become plain ones
+    word, size = r"-?\w+(?:[./]\w+)*", len(choices[0].split())  # 5.5 and 5/10 are not 5
+    words = re.findall(word, text.split("\n")[0])
+    if len(words) != size:  # not the bare reply, perhaps with reasons below
+        words = re.findall(word, text)
+    words = [str(int(word)) if word.isdecimal() else word for word in words]
+    if len(words) == 1:  # in a sentence, "a" is an article
+        words = [words[0].upper()]
+    known = {word for choice in choices for word in choice.split()}
+    named = [word for word in words if word in known]
+    said = " ".join(named if size > 1 else set(named))
+    return said if said in choices else ""
+
+
 class Api(Player):
-    """A chat model behind an OpenAI-compatible server (OPENAI_BASE_URL, OPENAI_API_KEY).
-    failed: how many turns got no legal reply, and were answered at random or with silence."""
+    """A chat model behind an OpenAI-compatible server. turns, failed: how many turns it had, and
+    in how many it gave no legal reply, so that chance replied, or silence."""
 
     def __init__(self, model):
+        self.at_once = int(os.environ.get("API_AT_ONCE", 4))  # requests
+        self.spare_tokens = int(os.environ.get("API_SPARE_TOKENS", 16))  # to reason with
+        timeout = float(os.environ.get("API_TIMEOUT", 120))  # seconds a reply may take
         with user_error(f"api:{model} cannot be asked", "pip install openai, set OPENAI_API_KEY"):
             import openai
 
-            self.create = openai.OpenAI(max_retries=3, timeout=30).chat.completions.create
-        self.errors = (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError)
-        self.model, self.failed = model, 0
+            self.client, self.lost = openai.OpenAI(timeout=timeout), openai.APIConnectionError
+            self.errors = (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError)
+        self.name, self.model, self.limit = f"api:{model}", model, "max_tokens"
+        self.turns, self.failed, self.trouble = 0, 0, ""  # the last one, in words
 
     def begin(self, seed, keys):
         super().begin(seed, keys)
         self.chats = {key: [] for key in keys}
 
     def reply(self, questions):
-        with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            return list(pool.map(self.answer, questions))
+        """Replies to `questions`; UserError where none of them got a legal one."""
+        pool = concurrent.futures.ThreadPoolExecutor(self.at_once)
+        try:
+            replies = list(pool.map(self.answer, questions))
+        finally:
+            pool.shutdown(cancel_futures=True)
+        failed = replies.count("")
+        if failed == len(replies):
+            problem = f"gave no legal reply in {failed} turns ({self.trouble})"
+            raise UserError(f"{self.name} {problem}; choose another model or server")
+        self.turns, self.failed = self.turns + len(replies), self.failed + failed
+        for n, (key, turn, _) in enumerate(questions):
+            if replies[n] == "" and turn.choices:
+                replies[n] = str(self.rngs[key].choice(turn.choices))
+            # Some servers refuse empty messages.
+            self.chats[key].append({"role": "assistant", "content": replies[n] or "..."})
+        return replies
 
     def answer(self, question):
+        """A legal reply, or "" after three tries."""
         chat, turn = self.chats[question.key], question.turn
         chat.append({"role": "user", "content": turn.text})
-        request = dict(model=self.model, messages=chat, max_tokens=turn.max_tokens or 8)
+        correction = []
         for _ in range(3):
-            try:
-                said = self.create(**request).choices[0].message.content
-                said = said.encode(errors="replace").decode().strip()
-            except self.errors as error:  # the answer may be nonsense, too
-                if (status := getattr(error, "status_code", None)) in (401, 403, 404):
-                    problem = f"api:{self.model} is refused (status {status})"
-                    raise UserError(f"{problem}; check key and name") from None
-                continue
-            if said in (turn.choices or [said]):
-                break
-        else:
-            self.failed += 1
-            said = str(self.rngs[question.key].choice(turn.choices or [""]))
-        chat.append({"role": "assistant", "content": said})
-        return said
+            text = self.ask(chat + correction, (turn.max_tokens or 8) + self.spare_tokens)
+            if reply := legal_reply(text, turn.choices):
+                return reply
+            if text:
+                self.trouble = f"{text[:80]!r} is no legal reply"
+                example = turn.choices[0] if turn.choices else "a short sentence"
+                wrong = f"That is not one legal reply. Say nothing else than one, such as {example}"
+                correction = [{"role": "assistant", "content": text[:200]}]
+                correction.append({"role": "user", "content": wrong})
+        return ""
+
+    def ask(self, chat, tokens):
+        """What the server says, or "". UserError where it is no use to go on."""
+        request = {"model": self.model, "messages": chat, self.limit: tokens}
+        try:
+            content = self.client.chat.completions.create(**request).choices[0].message.content
+            if not content:
+                self.trouble = "an empty reply"
+            return (content or "").encode(errors="replace").decode()
+        except self.errors as error:  # what a server sends may be anything
+            words = " ".join(str(error).split())[:200]
+            self.trouble = words.replace(self.client.api_key, "KEY")
+            kinds = {getattr(error, "status_code", 0), getattr(error, "code", ""), type(error)}
+            if kinds & {401, 402, 403, 404, "insufficient_quota", self.lost}:
+                problem = f"{self.name} is refused or out of reach ({self.trouble})"
+                raise UserError(f"{problem}; check OPENAI_BASE_URL, key and name") from None
+            if "max_completion_tokens" in words:  # what newer servers call it
+                self.limit = "max_completion_tokens"
+        return ""
 
 
 def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
@@ -185,7 +240,6 @@ def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
 
 
 def print_crossplay(game, results):
-    """Print the results of `crossplay`."""
     agents, headline = list(results), GAMES[game].headline
     others = list(dict.fromkeys(b for a in agents for b in results[a]))
     rows = [[a, *(results[a].get(b, {}).get("points") for b in others)] for a in agents]
@@ -199,8 +253,7 @@ def print_crossplay(game, results):
     header = ["welfare", headline, "a fair player gets", "the most gets", "points"]
     print_table("With itself, and what others get from it", header, rows)
     seen = {a: results[a].get("random", {}) for a in agents}
-    hidden = ("_after_", "standard_error")
-    keys = [key for key in max(seen.values(), key=len) if not any(part in key for part in hidden)]
+    keys = [key for key in max(seen.values(), key=len) if "_after_" not in key]
     rows = [[key, *(seen[a].get(key) for a in agents)] for key in keys]
     print_table("What it does against a random player", agents, rows)
 
@@ -250,7 +303,8 @@ def main(argv=None):
     print_crossplay(args.game, results)
     for name, agent in agents.items():
         if isinstance(agent, Api):
-            print(f"\n{name}: {agent.failed} turns without a legal reply, answered at random")
+            share = f"{agent.failed} of {agent.turns} turns without a legal reply"
+            print(f"\n{name}: {share}, where chance replied; the last trouble: {agent.trouble}")
     print(f"\nThe numbers are in {args.out}")
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import peft
@@ -23,13 +24,14 @@ from eval import (
     Human,
     crossplay,
     find_agent,
+    legal_reply,
     load,
     print_table,
     printable,
     read_json,
     report,
 )
-from games import Match, Player, Scripted, play, scripted_names
+from games import COUNTS, Match, Player, Scripted, play, scripted_names
 from rollout import Policy
 
 ROOT = pathlib.Path(evaluation.__file__).parent
@@ -534,7 +536,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.answer is None:
             self.server.over.wait(30)
             return
-        status, body = self.server.answer
+        answer = self.server.answer
+        status, body = answer() if callable(answer) else answer
         body = (body(sent) if callable(body) else body).encode()
         kind = "text/html" if body.startswith(b"<") else "application/json"
         self.send_response(status)
@@ -549,7 +552,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine. answer: (status, body) of all its replies, None: it says nothing;
+    """A server on this machine. answer: (status, body) of all its replies, or a function that
+    returns it each time, None: it says nothing;
     asked: what it was sent; patience: seconds until the client gives up."""
     openai = pytest.importorskip("openai")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -580,10 +584,10 @@ def test_a_server_that_answers_well_is_taken_at_its_word(tmp_path, server, capsy
     server.answer = 200, completion(" B\n")
     results = evaluate(tmp_path, *ASK)["results"]
     assert points(results, ["api:m"], ["api:m", "cooperate", "defect"]) == [[1, 5, 1]]
-    assert "api:m: 0 turns without a legal reply" in capsys.readouterr().out
+    assert f"api:m: 0 of {TURNS} turns without a legal reply" in capsys.readouterr().out
     assert len(server.asked) == TURNS
     for sent in server.asked:
-        assert (sent["model"], sent["max_tokens"]) == ("m", 8)
+        assert (sent["model"], sent["max_tokens"]) == ("m", 8 + 16)
         assert [message["role"] for message in sent["messages"]] == ["user"]
 
 
@@ -618,73 +622,225 @@ def test_conversations_with_a_server_are_kept_apart(server):
 
 
 def test_a_message_of_a_server_is_as_long_as_asked_for_and_can_be_written_to_a_file(server):
-    server.answer = 200, completion("rock \ud83d, or so")
+    server.answer = 200, completion("rock \ud83d, or 5")
     player = Api("m")
     match = Match(0, 0, 1, (player, Scripted("cooperate")))
     play("trust_split", [match], [0], 24)
-    said = [reply for seat, _, reply in match.log if seat == 0]
-    assert said[0] == "rock ?, or so"
+    assert [reply for seat, _, reply in match.log if seat == 0] == ["rock ?, or 5", "5"]
     assert all(text.encode() for turn in match.log for text in turn[1:])
-    assert [sent["max_tokens"] for sent in server.asked] == [24, 8, 8, 8]
-    assert player.failed == 1  # that is no number of coins
+    assert [sent["max_tokens"] for sent in server.asked] == [24 + 16, 8 + 16]
+    assert player.failed == 0
 
 
-@pytest.mark.parametrize(
-    "status, body",
-    [
-        (200, completion("I choose A.")),
-        (200, completion("")),
-        (200, completion("C")),
-        (200, completion(None)),
-        (200, completion(7)),
-        (500, '{"error": "broken"}'),
-        (429, "{}"),
-        (400, '{"error": {"message": "no"}}'),
-        (200, '{"choices": [{"mess'),
-        (200, "<html><body>Sign in</body></html>"),
-        (200, '{"choices": []}'),
-        (200, '{"choices": {}}'),
-        (200, '{"choices": "A"}'),
-        (200, '{"choices": [{"message": null}]}'),
-        (200, "{}"),
-        (200, "[]"),
-        (200, "null"),
-        (200, ""),
-    ],
-)
-def test_a_useless_reply_is_asked_for_thrice_then_replaced_and_counted(
-    tmp_path, server, capsys, status, body
-):
+USELESS = [
+    (200, completion("A or B")),
+    (200, completion("")),
+    (200, completion("C")),
+    (200, completion("<think> Is A better?")),
+    (200, completion(None)),
+    (200, completion(7)),
+    (500, '{"error": "broken"}'),
+    (429, "{}"),
+    (400, '{"error": {"message": "no"}}'),
+    (200, '{"choices": [{"mess'),
+    (200, "<html><body>Sign in</body></html>"),
+    (200, 'data: {"choices": [{"delta": {"content": "A"}}]}'),
+    (200, '{"choices": []}'),
+    (200, '{"choices": {}}'),
+    (200, '{"choices": "A"}'),
+    (200, '{"choices": [{"message": null}]}'),
+    (200, "{}"),
+    (200, "[]"),
+    (200, "null"),
+    (200, ""),
+]
+
+
+@pytest.mark.parametrize("status, body", USELESS)
+def test_a_server_without_any_legal_reply_ends_in_one_line(tmp_path, server, capsys, status, body):
     server.answer = status, body
+    assert main(*ASK, "--out", tmp_path / "out.json") == 2
+    shown = capsys.readouterr()
+    error = shown.err.replace("\r", "\n").strip().split("\n")[-1]
+    assert error.startswith("eval: api:m gave no legal reply in 4 turns (")
+    assert KEY not in shown.out + shown.err and "Traceback" not in shown.err
+    assert len(server.asked) == 3 * 4  # the two games with itself
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("status, body", USELESS)
+def test_some_useless_replies_are_asked_for_thrice_then_replaced_and_counted(
+    tmp_path, server, capsys, monkeypatch, status, body
+):
+    monkeypatch.setenv("API_AT_ONCE", "1")  # every second turn fails, the others succeed at once
+    useless, fine = (status, body), (200, completion("A"))
+    server.answer = lambda: useless if len(server.asked) % 4 else fine
     results = evaluate(tmp_path, *ASK)["results"]
     assert 0 <= results["api:m"]["cooperate"]["points"] <= 5
     shown = capsys.readouterr()
-    assert f"api:m: {TURNS} turns without a legal reply" in shown.out
+    assert f"api:m: {TURNS // 2} of {TURNS} turns without a legal reply" in shown.out
     assert KEY not in shown.out + shown.err
-    assert len(server.asked) == 3 * TURNS
+    assert len(server.asked) == (3 + 1) * TURNS // 2
 
 
-def test_what_stands_in_for_a_useless_reply_is_legal_and_fixed_by_the_seed(server):
-    server.answer = 200, completion("I keep them all")
+def test_an_illegal_reply_is_told_so_and_the_correction_is_not_kept(server):
+    said = iter(["both", "B", "A"])
+    server.answer = lambda: (200, completion(next(said)))
+    match = Match(0, 0, 2, (Api("m"), Scripted("cooperate")))
+    play("ipd", [match], [0], 0)
+    assert [tuple(round.points) for round in match.history] == [(5, 0), (3, 3)]
+    asked = [[message["content"] for message in sent["messages"]] for sent in server.asked]
+    rules = asked[0][0]
+    assert asked[1][:2] == [rules, "both"] and "not one legal reply" in asked[1][2]
+    assert asked[2] == [rules, "B", "The other chose A."]
+
+
+def test_what_stands_in_for_a_useless_reply_is_legal_and_fixed_by_the_seed(server, monkeypatch):
+    monkeypatch.setenv("API_AT_ONCE", "1")
+    useless, fine = (200, completion("I keep them all")), (200, completion("5"))
+    server.answer = lambda: useless if len(server.asked) % 4 else fine
     logs = []
     for seed in (0, 0, 1):
-        match = Match(0, 0, 6, (Api("m"), Scripted("cooperate")))
-        play("trust_split", [match], [seed], 24)
-        logs.append([reply for seat, _, reply in match.log if seat == 0])
+        server.asked.clear()
+        player = Api("m")
+        opponents = [Scripted("cooperate"), Scripted("defect")]
+        matches = [Match(n, n, 6, (player, opponent)) for n, opponent in enumerate(opponents)]
+        play("trust_split", matches, [seed], 24)
+        logs.append([reply for match in matches for seat, _, reply in match.log if seat == 0])
+        assert 0 < player.failed < player.turns == 2 * 2 * 6
+        assert all(0 <= int(reply) <= 10 for reply in logs[-1][1::2])
     assert logs[0] == logs[1] != logs[2]
-    assert all(0 <= int(reply) <= 10 for reply in logs[0][1::2])
-    assert set(logs[0][::2]) == {"I keep them all"}
 
 
-def test_a_server_that_says_nothing_does_not_hold_up_a_game(server):
+def test_silence_is_counted_and_no_empty_message_is_ever_sent_back(server):
+    def silent_with_a_rock(sent):
+        *_, question = [m["content"] for m in sent["messages"] if "Your hand is" in m["content"]]
+        return completion("" if "is rock. " in question and "How many" not in question else "5")
+
+    server.answer = 200, silent_with_a_rock
+    player = Api("m")
+    matches = [Match(n, n, 2, (player, Scripted("cooperate"))) for n in range(8)]
+    play("trust_split", matches, [0], 24)
+    silences = [reply for match in matches for seat, _, reply in match.log if reply == ""]
+    assert player.failed == len(silences) > 0
+    assert all(message["content"] for sent in server.asked for message in sent["messages"])
+
+
+def test_a_server_that_says_nothing_is_given_up(server):
     server.patience = 0.1
     player = Api("m")
-    match = Match(0, 0, 2, (player, Scripted("cooperate")))
+    with pytest.raises(tiny.UserError, match="no legal reply in 1 turns .Request timed out"):
+        play("ipd", [Match(0, 0, 2, (player, Scripted("cooperate")))], [0], 0)
+
+
+def test_a_server_that_is_gone_ends_a_run_at_once(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    player = Api("m")
+    with pytest.raises(tiny.UserError, match="out of reach"):
+        play("ipd", [Match(0, 0, 2, (player, Scripted("cooperate")))], [0], 0)
+
+
+def test_a_quota_that_is_used_up_ends_a_run_at_once(server):
+    error = {"message": "You exceeded your quota", "code": "insufficient_quota"}
+    server.answer = 429, json.dumps({"error": error})
+    with pytest.raises(tiny.UserError, match="You exceeded your quota"):
+        play("ipd", [Match(0, 0, 2, (Api("m"), Scripted("cooperate")))], [0], 0)
+    assert len(server.asked) == 1
+
+
+def test_newer_servers_get_the_limit_under_its_newer_name(server):
+    def modern(sent):
+        return completion("A") if "max_completion_tokens" in sent else "{}"
+
+    problem = "Unsupported parameter: use 'max_completion_tokens' instead of 'max_tokens'"
+    refused = 400, json.dumps({"error": {"message": problem}})
+    server.answer = lambda: refused if len(server.asked) == 1 else (200, modern)
+    match = Match(0, 0, 3, (Api("m"), Scripted("cooperate")))
     play("ipd", [match], [0], 0)
-    assert len(match.history) == 2 and player.failed == 2
+    assert [sent.get("max_completion_tokens") for sent in server.asked] == [None, 24, 24, 24]
+    assert [round.points[0] for round in match.history] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+def test_requests_at_a_time_and_tokens_to_reason_with_are_settings(server, monkeypatch):
+    monkeypatch.setenv("API_AT_ONCE", "2")
+    monkeypatch.setenv("API_SPARE_TOKENS", "500")
+    under_way, most, lock = [0], [0], threading.Lock()
+
+    def slow(sent):
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        time.sleep(0.05)
+        with lock:
+            under_way[0] -= 1
+        return completion("<think>B?</think>\nA")
+
+    server.answer = 200, slow
+    player = Api("m")
+    matches = [Match(n, n, 1, (player, Scripted("cooperate"))) for n in range(8)]
+    play("ipd", matches, [0], 0)
+    assert most == [2] and {sent["max_tokens"] for sent in server.asked} == {508}
+    assert all(match.history[0].points == (3, 3) for match in matches)
+
+
+AB, COINS, SPLITS = ("A", "B"), COUNTS, ("10 0 5", "0 0 0", "5 5 5")
+
+
+@pytest.mark.parametrize(
+    "text, choices, said",
+    [
+        ("A", AB, "A"),
+        ("a", AB, "A"),
+        (" b.\n", AB, "B"),
+        ("I choose A.", AB, "A"),
+        ("**A**", AB, "A"),
+        ('"A"', AB, "A"),
+        ("`A`", AB, "A"),
+        ("(B)", AB, "B"),
+        ("My answer: B!", AB, "B"),
+        ("A\nBecause B would be answered with B.", AB, "A"),
+        ("Ａ", AB, "A"),
+        ("<think>A or B? B is greedy.</think>A", AB, "A"),
+        ("<thinking>A or B?</thinking>\n\nB", AB, "B"),
+        ("A, A and again A", AB, "A"),
+        ("I take a risk: B", AB, "B"),
+        ("A or B", AB, ""),
+        ("Not A but B", AB, ""),
+        ("<think>A or B? Hmm", AB, ""),
+        ("C", AB, ""),
+        ("AB", AB, ""),
+        ("", AB, ""),
+        ("5", COINS, "5"),
+        ("5 coins", COINS, "5"),
+        ("05", COINS, "5"),
+        ("５", COINS, "5"),
+        ("٥", COINS, "5"),
+        ("I keep 10.", COINS, "10"),
+        ("**7**", COINS, "7"),
+        ("I keep 10 of the 10 coins", COINS, "10"),
+        ("5 of the 10 coins", COINS, ""),
+        ("5/10", COINS, ""),
+        ("5.5", COINS, ""),
+        ("-5", COINS, ""),
+        ("11", COINS, ""),
+        ("five", COINS, ""),
+        ("10 0 5", SPLITS, "10 0 5"),
+        ("10, 0, 5", SPLITS, "10 0 5"),
+        ("Hats 10, books 0, balls 5.", SPLITS, "10 0 5"),
+        ("**5 5 5**", SPLITS, "5 5 5"),
+        ("5 5 5\nI had thought of 10 0 5.", SPLITS, "5 5 5"),
+        ("10 0", SPLITS, ""),
+        ("10 0 5 0", SPLITS, ""),
+        ("My hand is rock.", None, "My hand is rock."),
+        ("<think>Shall I lie?</think> My hand is rock.", None, "My hand is rock."),
+        ("<think> Okay, so", None, ""),
+    ],
+)
+def test_a_reply_is_legal_where_it_names_one_choice_and_no_other(text, choices, said):
+    assert legal_reply(text, choices) == said
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_a_refusal_ends_in_one_line_that_does_not_show_the_key(tmp_path, server, capsys, status):
     server.answer = status, json.dumps({"error": {"message": f"Incorrect API key: {KEY}"}})
     assert main(*ASK, "--out", tmp_path / "out.json") == 2
