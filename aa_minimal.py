@@ -1,19 +1,15 @@
 """Train a language-model agent in a social dilemma by self-play: play, credit, update, log, save.
 
     python aa_minimal.py --game ipd                           the built-in model, minutes on a CPU
-    python aa_minimal.py --game ipd --algo naive              watch plain policy gradient defect
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID     QLoRA on an instruct model
-    python aa_minimal.py --resume runs/ipd-aa_causal-s0       go on where a run stopped
 
 `train` is the algorithm, its equations are in loss.py. Unlike textbook policy gradient it has no
-critic (a baseline is the mean of the other games of a group), one optimizer step per batch (so no
-clipped ratios), and a credit that also looks at the other player's advantage."""
+critic, one step per batch (so no clipped ratios), and a credit that looks at both advantages."""
 
 import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -24,32 +20,24 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval import crossplay, find_agent, load, print_crossplay, printable, read_json, report
+from eval import Api, crossplay, find_agent, load, print_crossplay, printable, read_json, report
 from games import GAMES, Match, Side, play, summarize
 from loss import CREDITS, advantages, policy_loss, returns_to_go
 from rollout import Policy, score
-from tiny import BUILT_IN, UserError, user_error
+from tiny import BUILT_IN, REAL, Lesson, UserError, conversations, imitate, user_error
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
-SNAPSHOT_EVERY = TRANSCRIPTS_EVERY = 10  # iterations
-
-# Defaults that differ by game, for real models and for the built-in one; `--help` prints them, too.
-REAL_MATRIX = dict(iterations=200, games=32, group_size=8, lr=2e-5, gamma=0.9, beta=0.5)
-REAL_TRUST = dict(iterations=200, games=32, group_size=8, lr=2e-5, gamma=0.96, beta=2.0)
-REAL_SPLIT = dict(iterations=200, games=32, group_size=8, lr=2e-5, gamma=0.9, beta=1.0)
-TINY_MATRIX = dict(iterations=60, games=128, group_size=16, lr=1e-3, gamma=0.9, beta=2.0)
-TINY_TRUST = dict(iterations=36, games=128, group_size=8, lr=5e-4, gamma=0.9, beta=2.0)
-TINY_SPLIT = dict(iterations=40, games=128, group_size=8, lr=5e-4, gamma=0.9, beta=2.0)
-PRESETS = {  # game: for real models, for the built-in one
-    "ipd": (REAL_MATRIX, TINY_MATRIX),
-    "stag_hunt": (REAL_MATRIX, TINY_MATRIX),
-    "chicken": (REAL_MATRIX, TINY_MATRIX),
-    "trust_split": (REAL_TRUST | dict(entropy=0.0, kl=0.001), TINY_TRUST),
-    "split": (REAL_SPLIT | dict(entropy=0.0, kl=0.001), TINY_SPLIT),
+TINY = dict(games=128, games_at_once=128)
+TINY_MATRIX = TINY | dict(iterations=60, group_size=16, lr=1e-3, beta=2.0)
+TINY_TRUST = TINY | dict(iterations=45, lr=5e-4, beta=3.0, snapshot_every=5)
+TINY_SPLIT = TINY | dict(iterations=40, lr=5e-4, beta=2.0)
+PRESETS = {  # what Settings has otherwise, by game: for real models, for the built-in one
+    "matrix": ({}, TINY_MATRIX),  # and all other games
+    "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
+    "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
 MAY_CHANGE = ("iterations", "micro_batch_tokens", "games_at_once")  # when a run goes on
-AT_LEAST_1 = (*MAY_CHANGE, "games", "group_size", "rounds", "lora_rank", "save_every")
-AT_LEAST_0 = ("lr", "beta", "entropy", "kl", "buffer", "max_message_tokens", "seed", "prior_seed")
+MAY_BE_0 = ("buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
 
 
 def flag(default, help, **more):
@@ -59,33 +47,35 @@ def flag(default, help, **more):
 
 @dataclasses.dataclass
 class Settings:
-    """What a run depends on. A default of None is in PRESETS."""
+    """What a run depends on. Where PRESETS has another default for the game, it holds."""
 
     game: str = flag("trust_split", "which game", choices=list(GAMES))
     algo: str = flag("aa_causal", "credit, see loss.py", choices=list(CREDITS))
     model: str = flag(DEFAULT_MODEL, "tiny, tiny-blind, a folder, or a hub id")
     quant: str = flag("auto", "weights of a real model", choices=["auto", "none", "nf4"])
-    iterations: int = flag(None, "optimizer steps, one per batch of games")
-    games: int = flag(None, "games per iteration")
-    group_size: int = flag(None, "games that share a deal, an opponent and so a baseline")
+    iterations: int = flag(200, "optimizer steps, one per batch of games")
+    games: int = flag(32, "games per iteration")
+    group_size: int = flag(8, "games that share a deal, an opponent and so a baseline")
     rounds: int = flag(10, "rounds per game; the most, with --continue_prob")
     continue_prob: float = flag(1.0, "probability of one more round, drawn per group")
     max_message_tokens: int = flag(40, "longest message; 0: no talk")
-    lr: float = flag(None, "learning rate of Adam")
-    gamma: float = flag(None, "discount per round")
-    beta: float = flag(None, "weight of the alignment term")
+    imitate: int = flag(0, "steps of imitating scripted players first, see tiny.REAL")
+    lr: float = flag(2e-5, "learning rate of Adam")
+    gamma: float = flag(0.9, "discount per round")
+    beta: float = flag(0.5, "weight of the alignment term")
     entropy: float = flag(0.01, "weight of the entropy bonus")
     kl: float = flag(0.0, "weight of the KL to the model without adapter")
     baseline: str = flag("group", "games that share a baseline", choices=["group", "batch"])
+    snapshot_every: int = flag(10, "iterations between the past selves that are kept")
     buffer: int = flag(30, "newest past selves that half of the groups meet; 0: none")
     opponent: list[str] = flag(None, "agents in the other seat, one drawn per group")
     lora_rank: int = flag(32, "rank of the adapter; its alpha is twice that")
     micro_batch_tokens: int = flag(4096, "tokens per pass of the update; fewer need less memory")
-    games_at_once: int = flag(128, "games played at a time; fewer need less memory")
+    games_at_once: int = flag(16, "games played at a time; fewer need less memory")
     seed: int = flag(0, "fixes deals, sampling and the first adapter")
     prior_seed: int = flag(0, "which built-in model of that name")
     save_every: int = flag(1, "iterations between checkpoints")
-    out: str = flag("", "folder of the run (default: runs/GAME-ALGO-sSEED)")
+    out: str = flag("", "folder (default: runs/GAME-ALGO-sSEED); -2 is added if it is taken")
     resume: str = flag("", "folder of a run to go on with", metavar="RUN")
 
 
@@ -95,19 +85,25 @@ def parse(argv):
     for name in ("game", "model", "resume"):
         first.add_argument(f"--{name}", default=getattr(Settings, name))
     known, _ = first.parse_known_args(argv)
-    real, built_in = PRESETS.get(known.game, PRESETS["ipd"])
+    real, built_in = PRESETS.get(known.game, PRESETS["matrix"])
     defaults = built_in if known.model in BUILT_IN else real
     if known.resume:
         defaults = read_json(known.resume, "config.json")
-        if any(field.name not in defaults for field in dataclasses.fields(Settings)):
+        if defaults.keys() != Settings.__dataclass_fields__.keys():
             raise UserError(f"{known.resume}/config.json is not whole: restore it, or start anew")
     parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
     parser.set_defaults(**defaults)
-    settings, *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    check(settings, parser.error)
+    settings = Settings(**vars(parser.parse_args(argv)))
+    for name, value in vars(settings).items():
+        low = 1 if isinstance(value, int) and name not in MAY_BE_0 else 0
+        high = 1 if name in ("gamma", "continue_prob") else np.inf
+        if isinstance(value, int | float) and not low <= value <= high:
+            parser.error(f"--{name} {value} must be from {low} to {high}")
+    if settings.games % settings.group_size:
+        parser.error(f"--games {settings.games} are not whole groups of {settings.group_size}")
+    if settings.baseline == "group" and settings.group_size == 1:
+        parser.error("--group_size 1 leaves no other game to take a baseline from: give 2 or more")
     if known.resume:
         for name, value in defaults.items():
             new = getattr(settings, name, value)
@@ -115,22 +111,6 @@ def parse(argv):
             if new != value and not may_change and name != "resume":
                 parser.error(f"--{name} {new} does not go with {known.resume}, which has {value}")
     return settings
-
-
-def check(settings, error):
-    """Call `error` with one line about what makes no sense."""
-    for name, value in vars(settings).items():
-        least = 1 if name in AT_LEAST_1 else 0
-        if name in (*AT_LEAST_1, *AT_LEAST_0) and not value >= least:
-            error(f"--{name} {value} is too small: it must be at least {least}")
-        if name in ("gamma", "continue_prob") and not 0 <= value <= 1:
-            error(f"--{name} {value} must be from 0 to 1")
-    if settings.games % settings.group_size:
-        error(f"--games {settings.games} does not divide into groups of {settings.group_size}")
-    if settings.baseline == "group" and settings.group_size == 1:
-        error("--group_size 1 leaves no other game to take a baseline from: give 2 or more")
-    if settings.out and os.path.exists(settings.out) and not settings.resume:
-        error(f"--out {settings.out} is there already: give another, or --resume it")
 
 
 class Run:
@@ -143,8 +123,7 @@ class Run:
         self.llm = load(settings.model, settings.quant, settings.game, **how)
         self.weights = [p for p in self.llm.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.weights, lr=settings.lr, betas=(0.9, 0.95))
-        names, game = settings.opponent or [], settings.game
-        self.opponents = [find_agent(name, game, self.llm) for name in names]
+        self.opponents = [find_agent(n, settings.game, self.llm) for n in settings.opponent or []]
         if settings.resume:
             self.restore()
             return
@@ -154,6 +133,11 @@ class Run:
             n += 1
             self.folder = pathlib.Path(f"{name}-{n}")
         self.folder.mkdir(parents=True)  # an error if another run was faster
+        if settings.imitate:
+            lesson = Lesson(REAL, 0.05, settings.rounds, settings.imitate)
+            taught = [(conversations(lesson, settings.game, 1024, settings.seed), lesson.steps)]
+            parts = self.llm.decoder, self.llm.head, self.weights, self.llm.framing
+            imitate(*parts, taught, lr=3e-4, batch=16, seed=settings.seed)
         write_whole(self.folder / "metrics.jsonl")
         self.save()
 
@@ -190,8 +174,8 @@ class Run:
         write_whole(log, *lines)
 
     def past_selves(self):
-        """Iterations whose checkpoints are opponents now: every tenth, the newest `buffer`."""
-        taken = list(range(0, self.iteration + 1, SNAPSHOT_EVERY))
+        """Iterations whose checkpoints are opponents now: the newest `buffer`."""
+        taken = list(range(0, self.iteration + 1, self.settings.snapshot_every))
         return taken[-self.settings.buffer :] if self.settings.buffer else []
 
 
@@ -218,11 +202,9 @@ def draw_matches(run, live):
             taken = int(rng.choice(run.past_selves()))
             if taken not in loaded:
                 loaded[taken] = Policy(run.llm, f"past{len(loaded)}")
-                folder = run.folder / f"checkpoint-{taken:06d}"
-                run.llm.load_adapter(folder, loaded[taken].adapter)
+                run.llm.load_adapter(run.folder / f"checkpoint-{taken:06d}", loaded[taken].adapter)
             opponent = loaded[taken]
-        learner_sits_first = (g + run.iteration) % 2 == 0
-        players = (live, opponent) if learner_sits_first else (opponent, live)
+        players = (live, opponent) if (g + run.iteration) % 2 == 0 else (opponent, live)
         for n in range(settings.group_size):
             matches.append(Match(g * settings.group_size + n, g, rounds, players))  # deal g
     return matches
@@ -251,20 +233,18 @@ def train(run):
         matches = draw_matches(run, live)
         limits = settings.max_message_tokens, settings.games_at_once
         play(settings.game, matches, [settings.seed, iteration], *limits)
-        sides = [Side(match, seat) for match in matches for seat in (0, 1)]
-        sides = [side for side in sides if side.match.players[side.seat] is live]  # B of them
+        sides = [Side(matches[number], seat) for number, seat in live.episodes]  # B of them
         played_at = time.perf_counter()
 
         # Credit: from points to what the tokens of every round are multiplied with, all [B, T].
-        scale = GAMES[settings.game].scale
-        own, other, played, group = tabulate(sides, scale, settings.baseline)
+        own, other, played, group = tabulate(sides, GAMES[settings.game].scale, settings.baseline)
         A_own = advantages(returns_to_go(own, settings.gamma), group, played)
         A_other = advantages(returns_to_go(other, settings.gamma), group, played)
         credit = CREDITS[settings.algo](A_own, A_other, settings.gamma, settings.beta)
         credit = credit.to(llm.device)
 
         # Update: one step of Adam for the whole batch; the gradients of micro-batches add up.
-        episodes = [live.episodes[match.number, seat] for match, seat in sides]
+        episodes = list(live.episodes.values())
         N = sum(len(episode.samples) for episode in episodes)
         run.optimizer.zero_grad()
         stats = []
@@ -288,13 +268,19 @@ def train(run):
         line["seconds_update"] = time.perf_counter() - played_at
         self_play = [side for side in sides if len({*side.match.players}) == 1]
         line |= summarize(sides if run.opponents else self_play)
+        for agent in run.opponents:
+            if isinstance(agent, Api):
+                line[f"{agent.name} failed, turns"] = [agent.failed, agent.turns]
         with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if iteration % TRANSCRIPTS_EVERY == 0 or run.iteration == total:
+        if iteration % 10 == 0 or run.iteration == total:
             write_transcript(run, iteration, matches, live)
         if run.iteration in (total, *run.past_selves()) or run.iteration % settings.save_every == 0:
             run.save()
-        bar.set_postfix(progress(settings.game, line), refresh=False)
+        if line["zero_credit"] == 1 or line["entropy"] < 1e-6:
+            warn("nothing to learn from: games of a group ended alike, or nothing is explored")
+        shown = ("points", GAMES[settings.game].headline, "entropy")
+        bar.set_postfix({name: line[name] for name in shown}, refresh=False)
 
 
 def check_update(ratio, grad_norm):
@@ -310,16 +296,6 @@ def check_update(ratio, grad_norm):
 @functools.cache
 def warn(text):  # once
     tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-def progress(game, line):
-    """What the progress bar shows; warns where learning stands still."""
-    if line["zero_credit"] == 1:
-        warn("all games of every group ended alike: nothing can be learned from them")
-    if line["entropy"] < 1e-6:
-        warn("the entropy is near zero: nothing is explored any more")
-    values = {name: line[name] for name in ("points", GAMES[game].headline, "entropy")}
-    return {name: "-" if value is None else f"{value:.2f}" for name, value in values.items()}
 
 
 def write_transcript(run, iteration, matches, live):

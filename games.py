@@ -2,9 +2,8 @@
 
 A game is a generator that reads like a rules sheet: it yields the turns it wants answered now, is
 sent the replies, and yields a Round once a round is scored. `matrix_game` is the shortest one. To
-add a game, write such a function, name it in GAMES, and give it a line in `aa_minimal.PRESETS`.
-There are no tokens and no tensors here, only text and numbers. Seats are 0 and 1.
-"""
+add a game, write such a function and name it in GAMES. There are no tokens and no tensors here,
+only text and numbers. Seats are 0 and 1."""
 
 import functools
 import re
@@ -38,13 +37,15 @@ Where the two numbers for an item add up to more than 10, it is shared in propor
 Collect as many points as you can over the whole game. Always answer with three numbers for hats, \
 books and balls, such as 5 5 5."""
 STATES = ("first", "cc", "cd", "dc", "dd")  # of a matrix game: own move and the other's before
-HANDS = ("rock", "paper", "scissors")  # each beats the one before it, rock beats scissors
+HANDS = (
+    "rock",
+    "paper",
+    "scissors",
+)  # each beats the one before it, rock beats scissors; a number in the code
 COUNTS = tuple(str(n) for n in range(11))
 TRIPLES = tuple(f"{a} {b} {c}" for a in COUNTS for b in COUNTS for c in COUNTS)
 ONE_DEAR = [(10, 1, 1), (1, 10, 1), (1, 1, 10)]  # what items may be worth to a player of `split`
 TWO_DEAR = [(10, 10, 1), (10, 1, 10), (1, 10, 10)]
-
-
 # A question to one seat: `text` it reads since its last reply; all legal replies (tuple; None: a
 # free message of `max_tokens`); and what scripted players reply (`lie`: in trust_split only).
 Turn = namedtuple("Turn", "seat text choices fair greedy lie max_tokens", defaults=["", 0])
@@ -58,8 +59,7 @@ Side = namedtuple("Side", "match seat")  # a match as one of its seats sees it
 
 def matrix_game(payoffs, rng, rounds, max_tokens):
     """A symmetric two-by-two game. `payoffs` {own and other's move: (own, other's points)}."""
-    rules = MATRIX_RULES.format(**payoffs)
-    texts = [rules, rules]
+    texts = [MATRIX_RULES.format(**payoffs)] * 2
     before = ["first", "first"]  # one of STATES, by seat
     best = max(sum(points) for points in payoffs.values())
     for _ in range(rounds):
@@ -75,17 +75,14 @@ def matrix_game(payoffs, rng, rounds, max_tokens):
 
 
 def trust_split(rng, rounds, max_tokens):
-    """Trust-and-Split (arXiv 2511.19405): secret hands, a message each, then both keep 0..10 coins.
-    A hand is a number, 0 to 2, and beats the one before it. Who speaks first alternates."""
+    """Trust-and-Split (arXiv 2511.19405): secret hands, a message each, then both keep coins."""
     news = [TRUST_RULES, TRUST_RULES]
     starter = int(rng.integers(2))
     for t in range(rounds):
         winner = int(rng.integers(2))  # a seat
         winning_hand = int(rng.integers(3))
-        hands = [(winning_hand - 1) % 3, (winning_hand - 1) % 3]
-        hands[winner] = winning_hand
-        role, worth = ["lower", "lower"], [1, 1]
-        role[winner], worth[winner] = "upper", 10
+        hands, role, worth = [(winning_hand - 1) % 3] * 2, ["lower"] * 2, [1, 1]
+        hands[winner], role[winner], worth[winner] = winning_hand, "upper", 10
         messages, claims, heard = ["", ""], [None, None], ""
         first = (starter + t) % 2
         for seat, other in ((first, 1 - first), (1 - first, first)):
@@ -100,9 +97,8 @@ def trust_split(rng, rounds, max_tokens):
             heard = f'The other says: "{messages[seat]}"\n'
         turns = []
         for seat, other in ((0, 1), (1, 0)):
-            own = HANDS[hands[seat]]
-            text = f'The other said: "{messages[other]}"\nYour hand is {own}. '
-            text += "How many coins do you keep?"
+            own = f"Your hand is {HANDS[hands[seat]]}."
+            text = f'The other said: "{messages[other]}"\n{own} How many coins do you keep?'
             fair = "5"  # where the claim does not tell to whom the coins are worth more
             if claims[other] is not None and claims[other] != hands[seat]:
                 fair = "10" if hands[seat] == (claims[other] + 1) % 3 else "0"
@@ -233,9 +229,9 @@ class Match:
 
 
 def play(game, matches, seed, max_tokens, at_once=None):
-    """Play `matches` of `game` in place and in step; `at_once` of them at a time, if given.
-    seed: list of ints, fixes all that is random with a match's deal and number, so that games do
-    not depend on `at_once`. ValueError for points that a game's rules make impossible."""
+    """Play `matches` of `game` in place and in step, `at_once` of them at a time, if given. seed:
+    list of ints; with a match's number and deal it fixes all that is random, whatever `at_once`.
+    ValueError for points that a game's rules make impossible."""
     if at_once and len(matches) > at_once:
         for start in range(0, len(matches), at_once):
             play(game, matches[start : start + at_once], seed, max_tokens)
@@ -257,12 +253,10 @@ def play(game, matches, seed, max_tokens, at_once=None):
                 question = Question((match.number, turn.seat), turn, match.history)
                 questions[match.players[turn.seat]].append(question)
         for player, asked in questions.items():
-            for question, reply in zip(asked, player.reply(asked)):
-                replies[question.key] = reply
+            replies |= zip([question.key for question in asked], player.reply(asked))
         for match in turns:
             said = [replies[match.number, turn.seat] for turn in turns[match]]
-            for turn, reply in zip(turns[match], said):
-                match.log.append((turn.seat, turn.text, reply))
+            match.log += [(turn.seat, turn.text, reply) for turn, reply in zip(turns[match], said)]
             turns[match] = go_on(game, match, rules[match], said)
         turns = {match: asked for match, asked in turns.items() if asked}
     for player in keys:

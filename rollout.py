@@ -25,8 +25,6 @@ Sample = namedtuple("Sample", "position round legal logp")
 # The sampled tokens of a micro-batch, tensors [n]: index of the episode, round, log-prob in play;
 # under the weights being trained log-prob, entropy, KL to the model without adapter (or 0).
 Scored = namedtuple("Scored", "episode round logp_play logp entropy kl")
-
-
 # What one seat of one game read and said, a list of ids; and the list of Samples of what it chose.
 Episode = namedtuple("Episode", "ids samples")
 DONE = ()  # no id may follow
@@ -58,21 +56,17 @@ class PlayCache(transformers.Cache):
         for layer, pair in opening.items():
             self.stored[layer] = torch.stack(pair).expand(-1, B, -1, -1, -1).contiguous()
 
-    def choose(self, rows):
-        """The next pass is over `rows` (ascending); neighbours are read as a slice, not a copy."""
-        self.rows = torch.tensor(rows)[:, None]
+    def prepare(self, rows, positions, columns):
+        """The next pass is over `rows` (ascending), writes at `positions` [n, S] and reads so many
+        columns. Neighbours are read as a slice, not a copy."""
+        self.rows, self.positions, self.columns = torch.tensor(rows)[:, None], positions, columns
         are_neighbours = rows[-1] - rows[0] + 1 == len(rows)
         self.row_index = slice(rows[0], rows[-1] + 1) if are_neighbours else rows
-
-    def prepare(self, positions, columns):
-        """The next pass writes at `positions` [n, S] and reads so many columns."""
-        self.positions, self.columns = positions, columns
 
     def update(self, k, v, layer, *args, **kwargs):
         missing = self.columns - self.stored[layer].shape[3]
         if missing > 0:  # grow by a quarter
-            room = (0, 0, 0, missing + self.columns // 4)
-            self.stored[layer] = F.pad(self.stored[layer], room)
+            self.stored[layer] = F.pad(self.stored[layer], (0, 0, 0, missing + self.columns // 4))
         stored = self.stored[layer]
         stored[0][self.rows, :, self.positions] = k.transpose(1, 2)
         stored[1][self.rows, :, self.positions] = v.transpose(1, 2)
@@ -97,12 +91,12 @@ class LLM:
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM")
         config.target_modules = "all-linear"
-        with user_error(f"{name} cannot have an adapter", "choose another model"):
+        with user_error(f"{name} cannot be played with", "choose another model"):
             self.model = peft.get_peft_model(base, config)
+            config.base_model_name_or_path = name
             for layer in self.decoder.layers:
                 layer.forward = functools.partial(self.run_layer, layer.forward)
-        config.base_model_name_or_path = name
-        self.check()
+            self.check()
 
     def run_layer(self, forward, *args, **kwargs):
         """A decoder layer; to save memory, it is run again in the backward pass on a GPU."""
@@ -112,17 +106,15 @@ class LLM:
 
     @torch.no_grad()
     def check(self):
-        """UserError unless a cached pass gives the logits of the model's own forward pass."""
+        """ValueError unless a cached pass gives the logits of the model's own forward pass."""
         ids = self.framing.user("Hello?", first=True)
         P = len(ids) // 2
-        with user_error(f"{self.name} cannot be played with", "choose another model"):
-            want = self.base(torch.tensor([ids], device=self.device), use_cache=False).logits[0, P:]
-            cache = PlayCache(self.read_opening(ids[:P]), B=2)
-            cache.choose([0, 1])
-            got = self.logits(self.forward([ids[P:]] * 2, [P] * 2, cache))[0]
-            difference = (got - want.float()).abs().max().item()
-            if difference > 0.05 * (1 + want.abs().max()):
-                raise ValueError(f"its logits differ by {difference:.2g}")
+        want = self.base(torch.tensor([ids], device=self.device), use_cache=False).logits[0, P:]
+        cache = PlayCache(self.read_opening(ids[:P]), B=2)
+        got = self.logits(self.forward([ids[P:]] * 2, [P] * 2, cache, [0, 1]))[0]
+        difference = (got - want.float()).abs().max().item()
+        if difference > 0.05 * (1 + want.abs().max()):
+            raise ValueError(f"its logits differ by {difference:.2g}")
 
     @contextlib.contextmanager
     def using(self, adapter):
@@ -132,19 +124,18 @@ class LLM:
             yield
         self.model.set_adapter("default")  # the active adapter is the one that requires gradients
 
-    def forward(self, rows, starts, cache):
-        """Last hidden states [B, S, width] of `rows` (lists of ids) that begin at `starts`.
-        UserError where a conversation outgrows the model's window."""
+    def forward(self, rows, starts, cache, cache_rows=None):
+        """Last hidden states [B, S, width] of `rows` (lists of ids) that begin at `starts`; in a
+        PlayCache they are its `cache_rows`. UserError where a conversation outgrows the window."""
         S = max(len(row) for row in rows)
         columns = max(starts) + S
         if columns > self.window:
             raise UserError(f"a game outgrows the model's {self.window} tokens; lower --rounds")
         ids = torch.tensor([row + [0] * (S - len(row)) for row in rows], device=self.device)
-        positions = torch.tensor(starts, device=self.device)[:, None]
-        positions = positions + torch.arange(S, device=self.device)  # [B, S]
+        positions = (torch.tensor(starts)[:, None] + torch.arange(S)).to(self.device)  # [B, S]
         mask = torch.arange(columns, device=self.device) <= positions[:, :, None]  # [B, S, columns]
-        if isinstance(cache, PlayCache):
-            cache.prepare(positions, columns)
+        if cache_rows:
+            cache.prepare(cache_rows, positions, columns)
         inputs = dict(input_ids=ids, position_ids=positions, attention_mask=mask[:, None])
         return self.decoder(**inputs, use_cache=True, cache=cache).last_hidden_state
 
@@ -219,20 +210,18 @@ class Policy(Player):
         waiting = sorted(questions, key=lambda question: self.rows[question.key])
         with self.llm.using(self.adapter):
             while True:
-                legal = [self.write_forced(question, starts[question.key]) for question in waiting]
-                waiting = [question for question, ids in zip(waiting, legal) if ids != DONE]
-                legal = [ids for ids in legal if ids != DONE]
+                legal = {q.key: self.write_forced(q, starts[q.key]) for q in waiting}
+                waiting = [q for q in waiting if legal[q.key] != DONE]
                 if not waiting:
                     break
-                keys = [question.key for question in waiting]
-                logp = self.llm.log_probs(self.read_news(keys), legal)  # [n, V]
+                keys = [q.key for q in waiting]
+                logp = self.llm.log_probs(self.read_news(keys), [legal[key] for key in keys])
                 drawn = self.draw(logp, keys)
                 logp, drawn = logp.gather(1, drawn)[:, 0].tolist(), drawn[:, 0].tolist()
                 for n, (key, _, history) in enumerate(waiting):
-                    episode = self.episodes[key]
-                    sample = Sample(len(episode.ids), len(history), legal[n], logp[n])
-                    episode.samples.append(sample)
-                    episode.ids.append(drawn[n])
+                    ids, samples = self.episodes[key]
+                    samples.append(Sample(len(ids), len(history), legal[key], logp[n]))
+                    ids.append(drawn[n])
         replies = [self.episodes[key].ids[starts[key] :] for key, _, _ in questions]
         return [self.llm.framing.decode(ids) for ids in replies]
 
@@ -271,8 +260,7 @@ class Policy(Player):
             starts.append(self.cached[key])
             news.append(ids[self.cached[key] :])
             self.cached[key] = len(ids)
-        self.cache.choose([self.rows[key] for key in keys])
-        hidden = self.llm.forward(news, starts, self.cache)
+        hidden = self.llm.forward(news, starts, self.cache, [self.rows[key] for key in keys])
         return hidden[range(len(keys)), [len(ids) - 1 for ids in news]]
 
 
@@ -315,8 +303,8 @@ def score_rows(llm, episodes, indices, P, reference):
     stats = []
     for start in range(0, len(legal), llm.slice):  # logits are large: made anew when needed
         part = slice(start, start + llm.slice)
-        stats_of = functools.partial(token_stats, llm, targets[part], legal[part], reference)
-        stats.append(checkpoint(stats_of, hidden[part], plain[part], use_reentrant=False))
+        inputs = llm, targets[part], legal[part], reference, hidden[part], plain[part]
+        stats.append(checkpoint(token_stats, *inputs, use_reentrant=False))
     played = [torch.tensor(values, device=llm.device) for values in zip(*played)]
     return Scored(*played, *torch.cat(stats, dim=1))
 

@@ -32,14 +32,13 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # Imitation of a population of scripted players: {name: share}, chance of a random reply, rounds of
 # the longest game, training steps.
 Lesson = namedtuple("Lesson", "shares noise rounds steps")
-# What the built-in models are taught, lesson after lesson; the last one makes the prior. Who holds
-# the upper hand is learned in a sudden step, from short games without noise, then in long ones.
-# Returning like for like is taught next, but not to tiny-blind, which has never seen it.
+# What the built-in models are taught, lesson after lesson; the last one makes the prior. Hands are
+# learned first, in short games without noise; then, but not by tiny-blind, to return like for like.
 SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
-TRUST = {"tit_for_tat": 0.14, "cooperate": 0.6, "defect": 0.05, "liar": 0.21}
+TRUST = {"tit_for_tat": 0.12, "cooperate": 0.7, "defect": 0.03, "liar": 0.15}
 SPLIT = {"tit_for_tat": 0.15, "cooperate": 0.55, "defect": 0.3}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
@@ -47,6 +46,8 @@ LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "split"): [SHORT, LONG, MUTUAL, Lesson(SPLIT, 0.05, 10, 300)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
+# What `--imitate` teaches an adapter: reciprocity enough to build on, not so much that greed fails.
+REAL = {"tit_for_tat": 0.42, "cooperate": 0.33, "defect": 0.2, "random": 0.05}
 BUILT_IN = {model for model, _ in LESSONS}
 TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
 TEMPLATE += "{{'<|assistant|>' if add_generation_prompt}}"
@@ -71,45 +72,36 @@ def user_error(problem, remedy):
         raise UserError(f"{problem} ({words}); {remedy}") from error
 
 
-def refuse(why):
-    """UserError for a chat template that cannot be used."""
-    raise UserError(f"this model's chat template {why}; choose another instruct model")
-
-
 class Framing:
     """What a chat template puts around texts, so that turns can be appended to a conversation:
 
         first TEXT opener [prefix] REPLY end again TEXT opener [prefix] REPLY end ...
 
-    prefix: what past replies have besides; a sampled one may differ. end: id of the end-of-turn
-    token, part of the action. control: ids of added tokens, which no quoted or sampled text may
-    hold. What only the last reply is opened with (Qwen3's empty thought) stays in the history, so
-    that play and update read the same. UserError where appending is not what the template does."""
+    prefix: what past replies have besides. end: id of the end-of-turn token, part of the action.
+    control: ids of added tokens, which no quoted or sampled text may hold. What only the last reply
+    is opened with (Qwen3's empty thought) stays in the history. UserError where that differs."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self.control = {i for i, token in added if token.content.strip()}  # line breaks are text
-        self.hide_control_tokens()
-        self.learn_frames()
+        with user_error("this model has no usable chat template", "choose another instruct model"):
+            self.hide_control_tokens()
+            self.learn_frames()
         self.user = functools.lru_cache(5000)(self.user)  # most turns are said again and again
         self.trie = functools.lru_cache(100)(self.trie)
 
     def hide_control_tokens(self):
         """Make a twin of the tokenizer that knows the control tokens by secret names only.
         It reads frame and text together, and a control token spelled out in a text stays text."""
-        self.secrets, quoted = {}, {}  # {control token: secret name}, the same as JSON has them
-        for i in sorted(self.control):
-            name, secret = self.tokenizer.added_tokens_decoder[i].content, secrets.token_hex(8)
-            self.secrets[name] = secret
-            quoted[json.dumps(name, ensure_ascii=False)] = json.dumps(secret)
-        with user_error("this model's tokenizer cannot be used", "choose another model"):
-            state = self.tokenizer.backend_tokenizer.to_str()
-            any_string = r'"(?:[^"\\]|\\.)*"'
-            state = re.sub(any_string, lambda found: quoted.get(found[0], found[0]), state)
-            self.twin = Tokenizer.from_str(state)
-        names = sorted(self.secrets, key=len, reverse=True)
-        self.any_control = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        names = sorted(self.tokenizer.convert_ids_to_tokens(self.control), key=len, reverse=True)
+        self.secrets = {name: secrets.token_hex(8) for name in names}
+        quoted = {json.dumps(n, ensure_ascii=False): f'"{s}"' for n, s in self.secrets.items()}
+        state = self.tokenizer.backend_tokenizer.to_str()
+        any_string = r'"(?:[^"\\]|\\.)*"'
+        state = re.sub(any_string, lambda found: quoted.get(found[0], found[0]), state)
+        self.twin = Tokenizer.from_str(state)
+        self.any_control = re.compile("|".join(map(re.escape, self.secrets)) or "(?!)")
 
     def encode(self, *parts):
         """Ids of `parts` as one string; in turn a frame of the template and a text."""
@@ -123,41 +115,37 @@ class Framing:
         roles = ("user", "assistant")
         chat = [{"role": roles[n % 2], "content": text} for n, text in enumerate(chat)]
         settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        with user_error("this model has no usable chat template", "choose an instruct model"):
-            template = FIXED_DATE + self.tokenizer.get_chat_template()
-            settings |= dict(chat_template=template, date_string=DATE)
-            return self.tokenizer.apply_chat_template(chat, **settings)
+        settings |= dict(chat_template=FIXED_DATE + self.tokenizer.get_chat_template())
+        return self.tokenizer.apply_chat_template(chat, date_string=DATE, **settings)
 
     def learn_frames(self):
         """Find the frames, what stands between the marks of a rendered chat; and try them."""
         parts = re.split(r"text\dmark", self.render([f"text{n}mark" for n in range(5)]))
         if len(parts) != 6 or parts[1:3] != parts[3:5]:
-            refuse("does not frame all turns alike")
+            raise ValueError("it does not frame all turns alike")
         self.first, past_opener, between, _, _, self.opener = parts
         if re.search(r"<(think|thought)\w*>(?!.*</)", self.opener, re.DOTALL):
-            refuse("leaves a thought open before every reply: this model always thinks")
+            raise ValueError("it leaves a thought open before every reply: it always thinks")
         if not (self.opener.startswith(past_opener) or past_opener.startswith(self.opener)):
-            refuse(f"opens a reply with {self.opener!r}, but past ones with {past_opener!r}")
+            raise ValueError(f"it opens a reply with {self.opener!r}, past ones {past_opener!r}")
         self.prefix = past_opener[len(self.opener) :]
         end = self.any_control.match(between)
         if end is None:
-            refuse(f"puts {between[:20]!r} after a reply, where an end-of-turn token is needed")
+            raise ValueError(f"it puts {between[:20]!r}, no end-of-turn token, after a reply")
         self.end_name, self.again = end[0], between[end.end() :]
         self.end = self.tokenizer.convert_tokens_to_ids(self.end_name)
         if not self.any_control.search(self.again + self.opener.replace(self.end_name, "")):
             warning = "this model's roles are plain words, which the other's messages can imitate"
             print(f"warning: {warning}", file=sys.stderr)
         chat = ["Question: 1 or 2?", "A", 'The other said: "Hi."\nHow many?', "10 0 5", "Go on."]
-        rendered = self.render(chat)
-        if len(past_opener) < len(self.opener):  # a thought, which stays in the history
-            history = rendered.removesuffix(self.opener)
-            rendered = history.replace(past_opener, self.opener) + self.opener
+        history = self.render(chat).removesuffix(self.opener)
+        rendered = history.replace(past_opener, self.opener + self.prefix) + self.opener
         want = self.tokenizer(rendered, add_special_tokens=False).input_ids
         got = [i for i, _ in self.dialogue(chat)]
         if got != want:
             at = len(os.path.commonprefix([got, want]))
             theirs, ours = (self.tokenizer.decode(ids[at : at + 5]) for ids in (want, got))
-            refuse(f"gives {theirs!r} where appending turns gives {ours!r}")
+            raise ValueError(f"it gives {theirs!r} where appending turns gives {ours!r}")
 
     def user(self, text, first=False):
         """Ids of a user turn and of the opener of its reply; it is first, or follows an end."""
@@ -169,8 +157,6 @@ class Framing:
         """Ids of a reply and its end of turn, as they follow the opener."""
         before = self.encode(self.first, "Hello.", self.opener)
         ids = self.encode(self.first, "Hello.", self.opener + self.prefix, text, self.end_name)
-        if ids[: len(before)] != before:
-            refuse(f"melts {text!r} into the tokens before it")
         return ids[len(before) :]
 
     def dialogue(self, chat):
@@ -192,7 +178,7 @@ class Framing:
         for text in choices:
             ids = self.reply(text)
             if self.decode(ids) != text:
-                raise ValueError(f"the tokenizer makes {self.decode(ids)!r} of the reply {text!r}")
+                raise UserError(f"the tokenizer makes {self.decode(ids)!r} of the reply {text!r}")
             for n in range(len(ids)):
                 following.setdefault(tuple(ids[:n]), set()).add(ids[n])
         return {written: tuple(sorted(ids)) for written, ids in following.items()}
@@ -226,8 +212,8 @@ def build_tokenizer(texts):
     size = dict(vocab_size=100_000, min_frequency=20, max_token_length=2000, show_progress=False)
     trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special, **size)
     tokenizer.train_from_iterator(texts, trainer)
-    names = dict(eos_token="<|end|>", pad_token="<|end|>")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **names)
+    names = dict(eos_token="<|end|>", chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
@@ -237,10 +223,9 @@ def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
     total = sum(steps for _, steps in lessons)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=0.1)
-    bar = tqdm(total=total, desc="warming up by imitation (once)", leave=False)
     for chats, steps in lessons:
         dialogues = functools.cache(lambda n, chats=chats: torch.tensor(framing.dialogue(chats[n])))
-        for _ in range(steps):
+        for _ in tqdm(range(steps), desc="imitating scripted players", leave=False):
             rows = [dialogues(n) for n in rng.integers(len(chats), size=batch).tolist()]
             ids, replies = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).unbind(-1)
             ids = ids.to(parameters[0].device)  # [B, S]
@@ -252,11 +237,9 @@ def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            bar.update()
-    bar.close()
 
 
-def load(name, game, seed=0):
+def load_built_in(name, game, seed=0):
     """(model, tokenizer) of a built-in model, warmed up on `game` now or before.
     seed: fixes the games it has seen and its first weights."""
     lessons = LESSONS.get((name, game), LESSONS[name, "matrix"])

@@ -26,7 +26,6 @@ import aa_minimal
 import tiny
 from aa_minimal import (
     PRESETS,
-    SNAPSHOT_EVERY,
     Run,
     Settings,
     check_update,
@@ -264,7 +263,7 @@ def test_a_transcript_holds_two_whole_games_with_control_characters_spelled_out(
 def test_help_prints_the_defaults_of_the_game_and_model_given(capsys, game, model):
     assert main("--game", game, "--model", model, "--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for name, value in PRESETS[game][model == "tiny"].items():
+    for name, value in PRESETS.get(game, PRESETS["matrix"])[model == "tiny"].items():
         assert re.search(rf" --{name} .*?\(default: (.*?)\)", said)[1] == str(value), name
 
 
@@ -275,12 +274,11 @@ def test_help_needs_no_model_and_leaves_nothing_behind(tmp_path):
 
 
 def test_every_game_has_defaults_that_make_sense_for_both_kinds_of_models():
-    assert set(PRESETS) == set(GAMES)
+    assert set(PRESETS) - {"matrix"} < set(GAMES)
     fields = Settings.__dataclass_fields__
-    left_open = {name for name, field in fields.items() if field.default is None} - {"opponent"}
     for game, model in itertools.product(GAMES, ("tiny", "some/model")):
-        preset = PRESETS[game][model == "tiny"]
-        assert left_open <= set(preset) <= set(fields)
+        preset = PRESETS.get(game, PRESETS["matrix"])[model == "tiny"]
+        assert set(preset) <= set(fields)
         settings = parse(["--game", game, "--model", model])
         assert {name: getattr(settings, name) for name in preset} == preset
         given = parse(["--game", game, "--model", model, "--lr", "0.5", "--group-size", "2"])
@@ -309,7 +307,6 @@ def test_every_game_has_defaults_that_make_sense_for_both_kinds_of_models():
         (["--gamma", "nan"], "nan"),
         (["--lr", "x"], "x"),
         (["--games", "many"], "many"),
-        (["--out", "taken"], "taken"),
         (["--banana"], "banana"),
         (["--resume"], "--resume"),
     ],
@@ -473,12 +470,12 @@ def test_a_damaged_run_is_refused_in_one_line_and_left_as_it_is(copied, capsys, 
 def test_a_damaged_past_self_is_named_and_the_run_goes_on_once_it_is_restored(
     copied, undisturbed, capsys
 ):
-    for iteration in (0, SNAPSHOT_EVERY):
+    for iteration in (0, 10):
         path = copied / f"checkpoint-{iteration:06d}" / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:1000])
     assert main("--resume", copied, "--iterations", LENGTH + 1) == 2
     assert "checkpoint-0000" in error_lines(capsys.readouterr().err)[-1]
-    for iteration in (0, SNAPSHOT_EVERY):
+    for iteration in (0, 10):
         name = f"checkpoint-{iteration:06d}/adapter_model.safetensors"
         shutil.copy(undisturbed / name, copied / name)
     assert main("--resume", copied, "--iterations", LENGTH + 1) == 0
@@ -588,7 +585,7 @@ def test_a_run_is_saved_as_often_as_asked(tmp_path, monkeypatch):
 
 
 def test_peft_alone_loads_the_adapter_of_a_run(undisturbed):
-    base = tiny.load("tiny", "ipd")[0]
+    base = tiny.load_built_in("tiny", "ipd")[0]
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         plain = base(ids).logits
@@ -684,12 +681,21 @@ def test_without_past_selves_the_learner_meets_itself():
 
 
 @pytest.mark.parametrize(
-    "iteration, buffer, want",
-    [(0, 30, [0]), (9, 30, [0]), (10, 30, [0, 10]), (35, 2, [20, 30]), (35, 0, []), (40, 1, [40])],
+    "iteration, every, buffer, want",
+    [
+        (0, 10, 30, [0]),
+        (9, 10, 30, [0]),
+        (10, 10, 30, [0, 10]),
+        (10, 5, 30, [0, 5, 10]),
+        (35, 10, 2, [20, 30]),
+        (35, 5, 2, [30, 35]),
+        (35, 10, 0, []),
+        (40, 10, 1, [40]),
+    ],
 )
-def test_past_selves_are_the_newest_of_every_tenth_iteration(iteration, buffer, want):
-    run = types.SimpleNamespace(iteration=iteration, settings=types.SimpleNamespace(buffer=buffer))
-    assert Run.past_selves(run) == want
+def test_past_selves_are_the_newest_that_were_kept(iteration, every, buffer, want):
+    settings = types.SimpleNamespace(buffer=buffer, snapshot_every=every)
+    assert Run.past_selves(types.SimpleNamespace(iteration=iteration, settings=settings)) == want
 
 
 def test_opponents_are_drawn_by_group_and_take_the_place_of_past_selves():
@@ -857,3 +863,35 @@ def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys
     assert main(*LEAST, "--iterations", 1, "--out", tmp_path / "run") == 2
     [error] = error_lines(capsys.readouterr().err)
     assert "--games_at_once" in error and "--micro_batch_tokens" in error
+
+
+# --------------------------------------------------------------------------------------- imitation
+
+
+def said_by_tit_for_tat(run):
+    """Log-prob per token that a run's agent gives to replies of tit for tat against a defector."""
+    lesson = tiny.Lesson({"tit_for_tat": 0.5, "defect": 0.5}, 0.0, 3, 0)
+    chats = [chat for chat in tiny.conversations(lesson, "ipd", 40, 7) if chat[1::2] == list("ABB")]
+    pairs = run.llm.framing.dialogue(chats[0])
+    ids, replies = torch.tensor(pairs).T
+    with torch.no_grad(), run.llm.using("default"):
+        hidden = run.llm.decoder(ids[None]).last_hidden_state[0, :-1]
+        logp = run.llm.logits(hidden).log_softmax(-1)
+    return logp.gather(1, ids[1:, None])[replies[1:] == 1].mean().item()
+
+
+def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(aa_minimal.REAL, "tit_for_tat", 1.0)
+    for name in ("cooperate", "defect", "random"):
+        monkeypatch.setitem(aa_minimal.REAL, name, 0.0)
+    flags = [*TINY, "--rounds", "3", "--games", "4", "--group_size", "2"]
+    plain = Run(parse([*flags, "--out", str(tmp_path / "plain")]))
+    taught = Run(parse([*flags, "--imitate", "40", "--out", str(tmp_path / "taught")]))
+    assert said_by_tit_for_tat(taught) > said_by_tit_for_tat(plain)
+    first = taught.folder / "checkpoint-000000" / "adapter_model.safetensors"
+    weights = safetensors.torch.load_file(first)
+    assert max(value.abs().max() for name, value in weights.items() if "lora_B" in name) > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aa_minimal, "imitate", None)  # when a run goes on it is not called
+        again = Run(parse(["--resume", str(taught.folder)]))
+    assert said_by_tit_for_tat(again) == pytest.approx(said_by_tit_for_tat(taught))

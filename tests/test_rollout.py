@@ -372,8 +372,7 @@ def test_a_cache_gives_each_row_what_was_written_to_it_and_to_no_other(rows):
         positions = starts[:, None] + torch.arange(S)
         columns = int(positions.max()) + 1
         k, v = torch.randn(2, len(chosen), heads, S, width)
-        cache.choose(chosen)
-        cache.prepare(positions, columns)
+        cache.prepare(chosen, positions, columns)
         got = cache.update(k, v, 0)
         for kind, new in enumerate((k, v)):
             missing = columns - want[kind].shape[2]

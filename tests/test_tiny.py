@@ -371,14 +371,14 @@ def test_a_tokenizer_that_melts_replies_into_the_frame_is_refused():
     lines = ("\nA", "\n1", "\nrock") * 9
     melting = tokenizer("smollm2", "phrases", lines=lines)
     assert len(melting.encode("\nA", add_special_tokens=False)) == 1
-    with pytest.raises(UserError, match="melts|appending turns"):
+    with pytest.raises(UserError, match="makes|appending turns"):
         Framing(melting)
 
 
 def test_a_legal_reply_that_melts_into_the_frame_is_refused():
     framing = Framing(tokenizer("smollm2", "phrases", lines=("\nrock",) * 9))
     assert framing.trie(("A", "B"))
-    with pytest.raises(UserError, match="melts 'rock'"):
+    with pytest.raises(UserError, match="makes .* of the reply .rock."):
         framing.trie(("rock", "paper"))
 
 
@@ -583,10 +583,10 @@ def test_a_trie_lists_what_may_come_next_for_any_set_of_replies(split):
 
 def test_legal_replies_that_a_tokenizer_changes_are_an_error():
     composing = Framing(tokenizer("qwen25"))
-    with pytest.raises(ValueError, match="makes"):
+    with pytest.raises(UserError, match="makes"):
         composing.trie(("\u00e9", "e\u0301", "o"))
     assert len(set(walk(Framing(tokenizer("smollm2")).trie(("\u00e9", "e\u0301", "o"))))) == 3
-    with pytest.raises(ValueError, match="makes"):
+    with pytest.raises(UserError, match="makes"):
         composing.trie(("A", " A"))
 
 
@@ -762,31 +762,31 @@ def same_weights(one, other):
 
 
 def test_a_built_in_model_is_warmed_up_once_and_then_loaded(cheap, monkeypatch):
-    model, own_tokenizer = tiny.load("tiny", "ipd")
+    model, own_tokenizer = tiny.load_built_in("tiny", "ipd")
     folder = pathlib.Path(model.name_or_path)
     assert folder.parent == cheap and folder.name.startswith("tiny-ipd-")
     assert [path.name for path in cheap.iterdir()] == [folder.name]
     assert_reproduced(own_tokenizer)
     monkeypatch.setattr(tiny, "imitate", None)  # nothing is taught again
-    again, same = tiny.load("tiny", "ipd")
+    again, same = tiny.load_built_in("tiny", "ipd")
     assert same_weights(model, again) and again.name_or_path == model.name_or_path
     assert same.get_vocab() == own_tokenizer.get_vocab()
 
 
 def test_built_in_models_are_fixed_by_name_game_seed_and_lessons(cheap, monkeypatch):
-    first, _ = tiny.load("tiny", "ipd")
+    first, _ = tiny.load_built_in("tiny", "ipd")
     folders = {first.name_or_path}
     (pathlib.Path(first.name_or_path)).rename(cheap / "elsewhere")
-    again, _ = tiny.load("tiny", "ipd")  # made anew
+    again, _ = tiny.load_built_in("tiny", "ipd")  # made anew
     assert again.name_or_path in folders and same_weights(first, again)
     for name, game, seed in (("tiny-blind", "ipd", 0), ("tiny", "chicken", 0), ("tiny", "ipd", 1)):
-        other, _ = tiny.load(name, game, seed)
+        other, _ = tiny.load_built_in(name, game, seed)
         folders.add(other.name_or_path)
         if seed == 1:
             assert not torch.equal(other.lm_head.weight, first.lm_head.weight)
     changed = {key: [lesson._replace(steps=2)] for key, [lesson] in tiny.LESSONS.items()}
     monkeypatch.setattr(tiny, "LESSONS", changed)
-    folders.add(tiny.load("tiny", "ipd")[0].name_or_path)
+    folders.add(tiny.load_built_in("tiny", "ipd")[0].name_or_path)
     assert len(folders) == 5
 
 
@@ -797,17 +797,17 @@ def test_a_warm_up_that_is_stopped_leaves_no_half_model(cheap, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tiny, "imitate", stop)
         with pytest.raises(KeyboardInterrupt):
-            tiny.load("tiny", "ipd")
+            tiny.load_built_in("tiny", "ipd")
     with monkeypatch.context() as patch:
         patch.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", stop)
         with pytest.raises(KeyboardInterrupt):
-            tiny.load("tiny", "ipd")
+            tiny.load_built_in("tiny", "ipd")
     assert list(cheap.iterdir()) == []
-    assert tiny.load("tiny", "ipd")
+    assert tiny.load_built_in("tiny", "ipd")
 
 
 def test_another_run_that_was_faster_is_no_error(cheap, monkeypatch):
-    model, _ = tiny.load("tiny", "ipd")
+    model, _ = tiny.load_built_in("tiny", "ipd")
     imitate, folder = tiny.imitate, pathlib.Path(model.name_or_path)
     folder.rename(cheap / "kept")
 
@@ -816,6 +816,6 @@ def test_another_run_that_was_faster_is_no_error(cheap, monkeypatch):
         (cheap / "kept").rename(folder)
 
     monkeypatch.setattr(tiny, "imitate", overtaken)
-    again, _ = tiny.load("tiny", "ipd")
+    again, _ = tiny.load_built_in("tiny", "ipd")
     assert same_weights(model, again)
     assert [path.name for path in cheap.iterdir()] == [folder.name]
