@@ -68,7 +68,8 @@ def draw_curves(runs):
     for key, panel in panels.items():
         panel.set(xlabel="iteration", title=key)
     panels["points"].set_title(f"{game}: points per round")
-    panels["points"].legend(fontsize=8)
+    lines, labels = panels["points"].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
