@@ -127,17 +127,17 @@ class Run:
         if settings.resume:
             self.restore()
             return
+        if settings.imitate:
+            lesson = Lesson(REAL, 0.05, settings.rounds, settings.imitate)
+            taught = [(conversations(lesson, settings.game, 1024, settings.seed), lesson.steps)]
+            parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing
+            imitate(*parts, taught, lr=3e-4, batch=16, seed=settings.seed)
         name = settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}"
         self.folder, n = pathlib.Path(name), 1
         while self.folder.exists():
             n += 1
             self.folder = pathlib.Path(f"{name}-{n}")
         self.folder.mkdir(parents=True)  # an error if another run was faster
-        if settings.imitate:
-            lesson = Lesson(REAL, 0.05, settings.rounds, settings.imitate)
-            taught = [(conversations(lesson, settings.game, 1024, settings.seed), lesson.steps)]
-            parts = self.llm.decoder, self.llm.head, self.weights, self.llm.framing
-            imitate(*parts, taught, lr=3e-4, batch=16, seed=settings.seed)
         write_whole(self.folder / "metrics.jsonl")
         self.save()
 
@@ -263,7 +263,7 @@ def train(run):
         line = {"iteration": iteration, "entropy": entropy.mean().item(), "kl": kl.mean().item()}
         line |= {"grad_norm": grad_norm, "ratio_max": ratio.max().item(), "sampled_tokens": N}
         line["tokens"] = sum(len(episode.ids) for episode in episodes)
-        line["zero_credit"] = (credit == 0).all(dim=1).double().mean().item()
+        line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()
         line["seconds_play"] = played_at - start
         line["seconds_update"] = time.perf_counter() - played_at
         self_play = [side for side in sides if len({*side.match.players}) == 1]

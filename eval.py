@@ -128,35 +128,34 @@ class Human(Player):
 def legal_reply(text, choices):
     """The one of `choices` that `text` names as a word, "" where it names none or several.
     Without choices it is all of `text`. Thoughts are left out."""
-    thought = r"<(think\w*|thought)>.*?(</\1>|$)"  # `$`: one that has no end
+    thought = r"^.*</(think\w*|thought)>|<(think|thought).*"  # perhaps without begin or end
     text = re.sub(thought, "", text, flags=re.DOTALL).strip()
     if not choices:
         return text
-    text = unicodedata.normalize("NFKC", text)  # full-width characters become plain ones
-    word, size = r"-?\w+(?:[./]\w+)*", len(choices[0].split())  # 5.5 and 5/10 are not 5
-    words = re.findall(word, text.split("\n")[0])
-    if len(words) != size:  # not the bare reply, perhaps with reasons below
-        words = re.findall(word, text)
-    words = [str(int(word)) if word.isdecimal() else word for word in words]
-    if len(words) == 1:  # in a sentence, "a" is an article
-        words = [words[0].upper()]
-    known = {word for choice in choices for word in choice.split()}
-    named = [word for word in words if word in known]
-    said = " ".join(named if size > 1 else set(named))
+    names = {choice.lower(): choice for choice in choices}
+    text = unicodedata.normalize("NFKC", text).replace(",", " ")  # makes full-width letters plain
+    for part in (text.split("\n")[0], text):
+        words = [re.sub(r"^[^\w\u2212-]+|\W+$", "", word) for word in part.split()]  # not a minus
+        words = [str(int(w)) if w.isdecimal() and len(w) < 9 else w for w in words if w]
+        if " ".join(words).lower() in names:  # the bare reply, perhaps with reasons below
+            return names[" ".join(words).lower()]
+    if words[:1] == ["A"] and words.count("A") == 1:  # may be an article
+        return ""
+    named = [word for word in words if word in " ".join(choices).split()]
+    said = " ".join(named if " " in choices[0] else set(named))
     return said if said in choices else ""
 
 
 class Api(Player):
-    """A chat model behind an OpenAI-compatible server. turns, failed: how many turns it had, and
-    in how many it gave no legal reply, so that chance replied, or silence."""
+    """A chat model behind an OpenAI-compatible server; `failed` of its `turns` got no reply."""
 
     def __init__(self, model):
-        self.at_once = int(os.environ.get("API_AT_ONCE", 4))  # requests
-        self.spare_tokens = int(os.environ.get("API_SPARE_TOKENS", 16))  # to reason with
-        timeout = float(os.environ.get("API_TIMEOUT", 120))  # seconds a reply may take
         with user_error(f"api:{model} cannot be asked", "pip install openai, set OPENAI_API_KEY"):
             import openai
 
+            self.at_once = int(os.environ.get("API_AT_ONCE", 4))  # requests
+            self.spare_tokens = int(os.environ.get("API_SPARE_TOKENS", 16))  # to reason with
+            timeout = float(os.environ.get("API_TIMEOUT", 120))  # seconds a reply may take
             self.client, self.lost = openai.OpenAI(timeout=timeout), openai.APIConnectionError
             self.errors = (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError)
         self.name, self.model, self.limit = f"api:{model}", model, "max_tokens"
@@ -301,10 +300,9 @@ def main(argv=None):
     text = json.dumps({"settings": vars(args), "results": results}, indent=1)
     pathlib.Path(args.out).write_text(text, encoding="utf-8")
     print_crossplay(args.game, results)
-    for name, agent in agents.items():
-        if isinstance(agent, Api):
-            share = f"{agent.failed} of {agent.turns} turns without a legal reply"
-            print(f"\n{name}: {share}, where chance replied; the last trouble: {agent.trouble}")
+    for name, api in agents.items():
+        if isinstance(api, Api):
+            print(f"\n{name}: {api.failed} of {api.turns} turns without a legal reply", api.trouble)
     print(f"\nThe numbers are in {args.out}")
 
 

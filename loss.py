@@ -70,8 +70,7 @@ def causal_alignment(A_own, A_other, gamma, beta):
 
 
 def alignment_just_in_time(A_own, A_other, gamma, beta):
-    """c[t] = A_own[t] + beta (sum_{k<t} gamma^(t-k) A_own[k] + A_own[t]) A_other[t]: the round at
-    hand counts as past. The variant of the paper's first submission, unstable with talk."""
+    """c[t] = A_own[t] + beta sum_{k<=t} gamma^(t-k) A_own[k] A_other[t]: the first submission's."""
     return A_own + beta * (discounted_past(A_own, gamma) + A_own) * A_other
 
 

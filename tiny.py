@@ -68,6 +68,8 @@ def user_error(problem, remedy):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries raise whatever they like
+        if isinstance(error.__context__, KeyboardInterrupt):  # it came while they wrote a file
+            raise error.__context__ from None
         words = " ".join(str(error).split())[:200]
         raise UserError(f"{problem} ({words}); {remedy}") from error
 
@@ -222,7 +224,8 @@ def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
     rng, parameters = np.random.default_rng(seed), list(parameters)
     total = sum(steps for _, steps in lessons)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=0.1)
+    rise = 0.1 if total > 10 else 0.3  # share of the steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=rise)
     for chats, steps in lessons:
         dialogues = functools.cache(lambda n, chats=chats: torch.tensor(framing.dialogue(chats[n])))
         for _ in tqdm(range(steps), desc="imitating scripted players", leave=False):

@@ -819,3 +819,11 @@ def test_another_run_that_was_faster_is_no_error(cheap, monkeypatch):
     again, _ = tiny.load_built_in("tiny", "ipd")
     assert same_weights(model, again)
     assert [path.name for path in cheap.iterdir()] == [folder.name]
+
+
+def test_an_interrupt_inside_a_library_stays_an_interrupt():
+    with pytest.raises(KeyboardInterrupt), tiny.user_error("cannot write", "make room"):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("the file is not whole")  # as torch.save does
