@@ -131,7 +131,7 @@ class Run:
             lesson = Lesson(REAL, 0.05, settings.rounds, settings.imitate)
             taught = [(conversations(lesson, settings.game, 1024, settings.seed), lesson.steps)]
             parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing
-            imitate(*parts, taught, lr=3e-4, batch=16, seed=settings.seed)
+            imitate(*parts, taught, lr=3e-4, batch=8, seed=settings.seed)
         name = settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}"
         self.folder, n = pathlib.Path(name), 1
         while self.folder.exists():
