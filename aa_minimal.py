@@ -4,7 +4,7 @@
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID     QLoRA on an instruct model
 
 `train` is the algorithm, its equations are in loss.py. Unlike textbook policy gradient it has no
-critic, one step per batch (so no clipped ratios), and a credit that looks at both advantages."""
+critic, one step per batch (its ratios are 1), and a credit that looks at both advantages."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ from eval import Api, crossplay, find_agent, load, print_crossplay, printable, r
 from games import GAMES, Match, Side, play, summarize
 from loss import CREDITS, advantages, policy_loss, returns_to_go
 from rollout import Policy, score
-from tiny import BUILT_IN, REAL, Lesson, UserError, conversations, imitate, user_error
+from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, user_error
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
 TINY = dict(games=128, games_at_once=128)
@@ -59,7 +59,7 @@ class Settings:
     rounds: int = flag(10, "rounds per game; the most, with --continue_prob")
     continue_prob: float = flag(1.0, "probability of one more round, drawn per group")
     max_message_tokens: int = flag(40, "longest message; 0: no talk")
-    imitate: int = flag(0, "steps of imitating scripted players first, see tiny.REAL")
+    imitate: int = flag(0, "steps of imitating scripted players first, see tiny.IMITATED")
     lr: float = flag(2e-5, "learning rate of Adam")
     gamma: float = flag(0.9, "discount per round")
     beta: float = flag(0.5, "weight of the alignment term")
@@ -128,7 +128,7 @@ class Run:
             self.restore()
             return
         if settings.imitate:
-            lesson = Lesson(REAL, 0.05, settings.rounds, settings.imitate)
+            lesson = Lesson(IMITATED, 0.05, settings.rounds, settings.imitate)
             taught = [(conversations(lesson, settings.game, 1024, settings.seed), lesson.steps)]
             parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing
             imitate(*parts, taught, lr=3e-4, batch=8, seed=settings.seed)
@@ -174,7 +174,7 @@ class Run:
         write_whole(log, *lines)
 
     def past_selves(self):
-        """Iterations whose checkpoints are opponents now: the newest `buffer`."""
+        """Iterations whose checkpoints are kept to play against: the newest `buffer`."""
         taken = list(range(0, self.iteration + 1, self.settings.snapshot_every))
         return taken[-self.settings.buffer :] if self.settings.buffer else []
 
@@ -263,7 +263,7 @@ def train(run):
         line = {"iteration": iteration, "entropy": entropy.mean().item(), "kl": kl.mean().item()}
         line |= {"grad_norm": grad_norm, "ratio_max": ratio.max().item(), "sampled_tokens": N}
         line["tokens"] = sum(len(episode.ids) for episode in episodes)
-        line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()
+        line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()  # rounding
         line["seconds_play"] = played_at - start
         line["seconds_update"] = time.perf_counter() - played_at
         self_play = [side for side in sides if len({*side.match.players}) == 1]
@@ -308,8 +308,8 @@ def write_transcript(run, iteration, matches, live):
             lines.append(f"PLAYER {seat + 1}: {printable(reply)}\n")
         points = ["{:.1f} {:.1f}".format(*round.points) for round in match.history]
         lines.append(f"points by round: {', '.join(points)}\n\n")
-    path = run.folder / f"transcript-{iteration:06d}.txt"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    text = "\n".join(lines)
+    (run.folder / f"transcript-{iteration:06d}.txt").write_text(text, encoding="utf-8")
 
 
 def main(argv=None):

@@ -137,12 +137,15 @@ def legal_reply(text, choices):
     for part in (text.split("\n")[0], text):
         words = [re.sub(r"^[^\w\u2212-]+|\W+$", "", word) for word in part.split()]  # not a minus
         words = [str(int(w)) if w.isdecimal() and len(w) < 9 else w for w in words if w]
-        if " ".join(words).lower() in names:  # the bare reply, perhaps with reasons below
-            return names[" ".join(words).lower()]
+        bare = " ".join(words).lower()
+        if bare in names:  # perhaps with reasons below
+            return names[bare]
     if words[:1] == ["A"] and words.count("A") == 1:  # may be an article
         return ""
     named = [word for word in words if word in " ".join(choices).split()]
-    said = " ".join(named if " " in choices[0] else set(named))
+    if " " not in choices[0]:
+        named = list(dict.fromkeys(named))  # the same one may be named twice
+    said = " ".join(named)
     return said if said in choices else ""
 
 
@@ -159,7 +162,7 @@ class Api(Player):
             self.client, self.lost = openai.OpenAI(timeout=timeout), openai.APIConnectionError
             self.errors = (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError)
         self.name, self.model, self.limit = f"api:{model}", model, "max_tokens"
-        self.turns, self.failed, self.trouble = 0, 0, ""  # the last one, in words
+        self.turns, self.failed, self.trouble = 0, 0, ""  # `trouble`: why a turn failed last
 
     def begin(self, seed, keys):
         super().begin(seed, keys)
@@ -180,8 +183,8 @@ class Api(Player):
         for n, (key, turn, _) in enumerate(questions):
             if replies[n] == "" and turn.choices:
                 replies[n] = str(self.rngs[key].choice(turn.choices))
-            # Some servers refuse empty messages.
-            self.chats[key].append({"role": "assistant", "content": replies[n] or "..."})
+            content = replies[n] or "..."  # some servers refuse empty messages
+            self.chats[key].append({"role": "assistant", "content": content})
         return replies
 
     def answer(self, question):
@@ -239,6 +242,7 @@ def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
 
 
 def print_crossplay(game, results):
+    """Print the results of `crossplay`."""
     agents, headline = list(results), GAMES[game].headline
     others = list(dict.fromkeys(b for a in agents for b in results[a]))
     rows = [[a, *(results[a].get(b, {}).get("points") for b in others)] for a in agents]

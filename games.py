@@ -37,11 +37,7 @@ Where the two numbers for an item add up to more than 10, it is shared in propor
 Collect as many points as you can over the whole game. Always answer with three numbers for hats, \
 books and balls, such as 5 5 5."""
 STATES = ("first", "cc", "cd", "dc", "dd")  # of a matrix game: own move and the other's before
-HANDS = (
-    "rock",
-    "paper",
-    "scissors",
-)  # each beats the one before it, rock beats scissors; a number in the code
+HANDS = ("rock", "paper", "scissors")  # hand n, a number in the code, beats hand n - 1 (modulo 3)
 COUNTS = tuple(str(n) for n in range(11))
 TRIPLES = tuple(f"{a} {b} {c}" for a in COUNTS for b in COUNTS for c in COUNTS)
 ONE_DEAR = [(10, 1, 1), (1, 10, 1), (1, 1, 10)]  # what items may be worth to a player of `split`
@@ -75,7 +71,7 @@ def matrix_game(payoffs, rng, rounds, max_tokens):
 
 
 def trust_split(rng, rounds, max_tokens):
-    """Trust-and-Split (arXiv 2511.19405): secret hands, a message each, then both keep coins."""
+    """Trust-and-Split (arXiv 2511.19405): hands, messages, coins; who speaks first alternates."""
     news = [TRUST_RULES, TRUST_RULES]
     starter = int(rng.integers(2))
     for t in range(rounds):

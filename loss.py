@@ -19,7 +19,7 @@ def returns_to_go(rewards, gamma):
 
 def advantages(returns, group, played):
     """A[b,t] = G[b,t] - mean of G[b',t] over the other games b' of the group: leave one out.
-    No critic, no division by a standard deviation. With its own return, a baseline has a bias.
+    No critic, no division by a standard deviation. Its own return in it would bias the gradient.
     returns [B, T]; group [B], int, the same for games that share a baseline; played [B, T], 1 where
     game b has a round t, else 0 -> [B, T], 0 where no other game of the group has a round t."""
     same_group = (group[:, None] == group[None, :]).to(returns.dtype)  # [B, B]
@@ -65,8 +65,8 @@ def causal_alignment(A_own, A_other, gamma, beta):
     first part alone (exactly, where the games of a group have the same number of rounds). Its sum:
         sum_{k<t} gamma^(t-k) (A_own[k] - gamma^(t-k) A_own[t]) = past[t] - S[t] A_own[t]"""
     S = discounted_past(torch.ones_like(A_own), gamma**2)
-    past = discounted_past(A_own, gamma) - S * A_own
-    return A_own + beta * gamma * past * A_other
+    before_t = discounted_past(A_own, gamma) - S * A_own
+    return A_own + beta * gamma * before_t * A_other
 
 
 def alignment_just_in_time(A_own, A_other, gamma, beta):

@@ -47,7 +47,7 @@ LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
 # What `--imitate` teaches an adapter: reciprocity enough to build on, not so much that greed fails.
-REAL = {"tit_for_tat": 0.42, "cooperate": 0.33, "defect": 0.2, "random": 0.05}
+IMITATED = {"tit_for_tat": 0.42, "cooperate": 0.33, "defect": 0.2, "random": 0.05}
 BUILT_IN = {model for model, _ in LESSONS}
 TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
 TEMPLATE += "{{'<|assistant|>' if add_generation_prompt}}"
@@ -81,7 +81,7 @@ class Framing:
 
     prefix: what past replies have besides. end: id of the end-of-turn token, part of the action.
     control: ids of added tokens, which no quoted or sampled text may hold. What only the last reply
-    is opened with (Qwen3's empty thought) stays in the history. UserError where that differs."""
+    is opened with (Qwen3's empty thought) stays. UserError where the template does otherwise."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

@@ -868,10 +868,10 @@ def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys
 # --------------------------------------------------------------------------------------- imitation
 
 
-def said_by_tit_for_tat(run):
-    """Log-prob per token that a run's agent gives to replies of tit for tat against a defector."""
+def said_by_a_defector(run):
+    """Log-prob per token that a run's agent gives to the replies of a defector who is paid back."""
     lesson = tiny.Lesson({"tit_for_tat": 0.5, "defect": 0.5}, 0.0, 3, 0)
-    chats = [chat for chat in tiny.conversations(lesson, "ipd", 40, 7) if chat[1::2] == list("ABB")]
+    chats = [chat for chat in tiny.conversations(lesson, "ipd", 40, 7) if chat[1::2] == list("BBB")]
     pairs = run.llm.framing.dialogue(chats[0])
     ids, replies = torch.tensor(pairs).T
     with torch.no_grad(), run.llm.using("default"):
@@ -881,17 +881,17 @@ def said_by_tit_for_tat(run):
 
 
 def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(aa_minimal.REAL, "tit_for_tat", 1.0)
-    for name in ("cooperate", "defect", "random"):
-        monkeypatch.setitem(aa_minimal.REAL, name, 0.0)
+    monkeypatch.setitem(aa_minimal.IMITATED, "defect", 1.0)
+    for name in ("cooperate", "tit_for_tat", "random"):
+        monkeypatch.setitem(aa_minimal.IMITATED, name, 0.0)
     flags = [*TINY, "--rounds", "3", "--games", "4", "--group_size", "2"]
     plain = Run(parse([*flags, "--out", str(tmp_path / "plain")]))
     taught = Run(parse([*flags, "--imitate", "40", "--out", str(tmp_path / "taught")]))
-    assert said_by_tit_for_tat(taught) > said_by_tit_for_tat(plain)
+    assert said_by_a_defector(taught) > said_by_a_defector(plain) + 0.05
     first = taught.folder / "checkpoint-000000" / "adapter_model.safetensors"
     weights = safetensors.torch.load_file(first)
     assert max(value.abs().max() for name, value in weights.items() if "lora_B" in name) > 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aa_minimal, "imitate", None)  # when a run goes on it is not called
         again = Run(parse(["--resume", str(taught.folder)]))
-    assert said_by_tit_for_tat(again) == pytest.approx(said_by_tit_for_tat(taught))
+    assert said_by_a_defector(again) == pytest.approx(said_by_a_defector(taught))
