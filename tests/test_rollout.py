@@ -38,11 +38,14 @@ SMALL = dict(
     pad_token_id=None,
 )
 GEMMA3 = dict(head_dim=8, layer_types=["sliding_attention", "full_attention"], sliding_window=4096)
+GEMMA4 = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=1000)
 KINDS = {  # model type and what is special about it
     "llama": ("llama", {}),
     "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("qwen3", dict(head_dim=8)),
     "gemma3": ("gemma3_text", GEMMA3),
+    "gemma2": ("gemma2", dict(head_dim=8, sliding_window=4096)),  # no fused attention
+    "gemma4": ("gemma4_text", GEMMA3 | dict(global_head_dim=8, **GEMMA4)),
     "capped": ("gemma3_text", dict(final_logit_softcapping=1.0, **GEMMA3)),
     "mistral": ("mistral", dict(sliding_window=4096)),
     "granite": ("granite", dict(logits_scaling=3.0, residual_multiplier=0.5)),
@@ -440,17 +443,20 @@ def test_models_whose_layers_are_found_elsewhere_are_refused(kind):
         LLM(base, own, 4, name=kind)
 
 
-def test_a_model_whose_attention_takes_no_mask_of_true_and_false_is_refused(tmp_path):
+def test_of_a_multimodal_model_only_the_language_part_is_adapted(tmp_path):
     own = tokenizer("smollm2")
-    base = random_model(own)
-    base.set_attn_implementation("eager")
-    with pytest.raises(UserError, match="cannot be played with .its logits differ"):
-        LLM(base, own, 4)
-    config = transformers.Gemma2Config(**{**SMALL, "vocab_size": len(own), "head_dim": 8})
-    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    own.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot load"):
-        eval.load(str(tmp_path), "none", "ipd")
+    text = {**SMALL, **GEMMA3, "vocab_size": len(own)}
+    picture = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, image_size=28)
+    picture |= dict(num_attention_heads=4, patch_size=14)
+    config = transformers.Gemma3Config(text_config=text, vision_config=picture)
+    llm = LLM(transformers.Gemma3ForConditionalGeneration(config), own, 4)
+    names = [name for name, p in llm.model.named_parameters() if p.requires_grad]
+    assert names and all(".language_model.layers." in name for name in names)
+    llm.model.save_pretrained(tmp_path, selected_adapters=["default"])
+    llm.load_adapter(tmp_path, "past")
+    stir(llm, "default", 1)
+    episodes = list(self_play(llm, "ipd")[0].values())
+    assert_plain_forward(llm, "default", episodes)
 
 
 def test_a_model_that_a_cached_pass_does_not_reproduce_is_refused():
@@ -589,7 +595,7 @@ SEPARATOR = "{% for m in messages %}{{ m.content ~ '<|im_end|>' }}{% endfor %}" 
 
 
 @pytest.mark.parametrize("template", [None, SEPARATOR], ids=["roles", "separator"])
-def test_a_message_of_no_tokens_is_silence(template):
+def test_a_message_of_no_tokens_is_empty(template):
     own = build(STYLES["smollm2"], template) if template else tokenizer("smollm2")
     llm = LLM(random_model(own), own, 4)
     [said], [episode] = one_turn(llm, max_tokens=0)
@@ -597,7 +603,8 @@ def test_a_message_of_no_tokens_is_silence(template):
     policy = Policy(llm)
     [match] = played = matches((policy, policy), (2,))
     play("trust_split", played, [0], 0)
-    assert [round.indicators[0]["silence"] for round in match.history] == [[True]] * 2
+    said = [reply for _, text, reply in match.log if "Send your message" in text]
+    assert said == [""] * 4
     assert all(s.legal for e in policy.episodes.values() for s in e.samples)
     assert_plain_forward(llm, "default", policy.episodes.values())
 
