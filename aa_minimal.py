@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 
+import filelock
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -36,6 +37,9 @@ PRESETS = {  # what Settings has otherwise, by game: for real models, for the bu
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
+# Real models that first imitate, small ones: short games, one large group, no past selves.
+IMITATING = dict(iterations=20, rounds=5, group_size=32, games_at_once=32, buffer=0)
+IMITATING |= dict(lr=1e-4, beta=6.0, entropy=0.02)
 MAY_CHANGE = ("iterations", "micro_batch_tokens", "games_at_once")  # when a run goes on
 MAY_BE_0 = ("buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
 
@@ -68,13 +72,12 @@ class Settings:
     baseline: str = flag("group", "games that share a baseline", choices=["group", "batch"])
     snapshot_every: int = flag(10, "iterations between the past selves that are kept")
     buffer: int = flag(30, "newest past selves that half of the groups meet; 0: none")
-    opponent: list[str] = flag(None, "agents in the other seat, one drawn per group")
+    opponent: list[str] = flag(None, "agents in the other seat (or self), drawn per group")
     lora_rank: int = flag(32, "rank of the adapter; its alpha is twice that")
     micro_batch_tokens: int = flag(4096, "tokens per pass of the update; fewer need less memory")
     games_at_once: int = flag(16, "games played at a time; fewer need less memory")
     seed: int = flag(0, "fixes deals, sampling and the first adapter")
     prior_seed: int = flag(0, "which built-in model of that name")
-    save_every: int = flag(1, "iterations between checkpoints")
     out: str = flag("", "folder (default: runs/GAME-ALGO-sSEED); -2 is added if it is taken")
     resume: str = flag("", "folder of a run to go on with", metavar="RUN")
 
@@ -84,9 +87,10 @@ def parse(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("game", "model", "resume"):
         first.add_argument(f"--{name}", default=getattr(Settings, name))
+    first.add_argument("--imitate", type=int, default=0)
     known, _ = first.parse_known_args(argv)
     real, built_in = PRESETS.get(known.game, PRESETS["matrix"])
-    defaults = built_in if known.model in BUILT_IN else real
+    defaults = built_in if known.model in BUILT_IN else real | (IMITATING if known.imitate else {})
     if known.resume:
         defaults = read_json(known.resume, "config.json")
         if defaults.keys() != Settings.__dataclass_fields__.keys():
@@ -102,8 +106,6 @@ def parse(argv):
             parser.error(f"--{name} {value} must be from {low} to {high}")
     if settings.games % settings.group_size:
         parser.error(f"--games {settings.games} are not whole groups of {settings.group_size}")
-    if settings.baseline == "group" and settings.group_size == 1:
-        parser.error("--group_size 1 leaves no other game to take a baseline from: give 2 or more")
     if known.resume:
         for name, value in defaults.items():
             new = getattr(settings, name, value)
@@ -114,8 +116,7 @@ def parse(argv):
 
 
 class Run:
-    """Settings, model, optimizer, folder, iterations done. Seed and iteration fix what is random;
-    checkpoints need only the adapter, the newest Adam's state. UserError for what is damaged."""
+    """A run under way. Seed and iteration fix what is random. UserError for what is damaged."""
 
     def __init__(self, settings):
         self.settings, self.iteration = settings, 0
@@ -123,7 +124,8 @@ class Run:
         self.llm = load(settings.model, settings.quant, settings.game, **how)
         self.weights = [p for p in self.llm.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.weights, lr=settings.lr, betas=(0.9, 0.95))
-        self.opponents = [find_agent(n, settings.game, self.llm) for n in settings.opponent or []]
+        names = set(settings.opponent or []) - {"self"}
+        self.opponents = {n: find_agent(n, settings.game, self.llm) for n in sorted(names)}
         if settings.resume:
             self.restore()
             return
@@ -131,15 +133,20 @@ class Run:
             lesson = Lesson(IMITATED, 0.05, settings.rounds, settings.imitate)
             taught = [(conversations(lesson, settings.game, 1024, settings.seed), lesson.steps)]
             parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing
-            imitate(*parts, taught, lr=3e-4, batch=8, seed=settings.seed)
+            imitate(*parts, taught, lr=6e-4, batch=8, seed=settings.seed)
         name = settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}"
         self.folder, n = pathlib.Path(name), 1
         while self.folder.exists():
             n += 1
             self.folder = pathlib.Path(f"{name}-{n}")
         self.folder.mkdir(parents=True)  # an error if another run was faster
+        self.hold()
         write_whole(self.folder / "metrics.jsonl")
         self.save()
+
+    def hold(self):  # the folder, as long as this process lives
+        with user_error(f"{self.folder} is in use", "wait for that run, or start another one"):
+            self.lock = filelock.FileLock(self.folder / "lock").acquire(timeout=0)
 
     def save(self):
         """Write a checkpoint beside the others, then rename it: what bears the name is whole."""
@@ -159,6 +166,7 @@ class Run:
     def restore(self):
         """Go on from the newest checkpoint; what the logs hold of later iterations is cut off."""
         self.folder = pathlib.Path(self.settings.resume)
+        self.hold()
         newest = max(self.folder.glob("checkpoint-*"), default=None)
         if newest is None:
             raise UserError(f"{self.folder} holds no checkpoint: start a new run")
@@ -167,8 +175,8 @@ class Run:
         with user_error(f"{newest} or {log} is damaged", "restore it, or start a new run"):
             self.iteration = int(newest.name[-6:])
             self.optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
-            lines = read_json(self.folder, log.name)
-            lines = [line for line in lines if line["iteration"] < self.iteration]
+            read = read_json(self.folder, log.name)
+            lines = [line for line in read if line["iteration"] < self.iteration]
             if len(lines) != self.iteration:
                 raise ValueError("lines are missing")
         write_whole(log, *lines)
@@ -188,7 +196,7 @@ def write_whole(path, *lines):
 
 def draw_matches(run, live):
     """The matches of this iteration. A group's games share deal, opponent and seats.
-    `live` plays itself; a past self in half of the groups; or always an agent of --opponent."""
+    `live` plays itself; in half of the groups a past self; or what --opponent names."""
     settings, matches, loaded = run.settings, [], {}
     groups = settings.games // settings.group_size
     for g in range(groups):
@@ -196,8 +204,9 @@ def draw_matches(run, live):
         rounds, opponent = settings.rounds, live
         if settings.continue_prob < 1:
             rounds = min(rounds, int(rng.geometric(1 - settings.continue_prob)))
-        if run.opponents:
-            opponent = run.opponents[rng.integers(len(run.opponents))]
+        if settings.opponent:
+            name = settings.opponent[rng.integers(len(settings.opponent))]
+            opponent = run.opponents.get(name, live)  # live: self
         elif run.past_selves() and g >= (groups + 1) // 2:
             taken = int(rng.choice(run.past_selves()))
             if taken not in loaded:
@@ -267,20 +276,18 @@ def train(run):
         line["seconds_play"] = played_at - start
         line["seconds_update"] = time.perf_counter() - played_at
         self_play = [side for side in sides if len({*side.match.players}) == 1]
-        line |= summarize(sides if run.opponents else self_play)
-        for agent in run.opponents:
+        line |= summarize(sides if settings.opponent else self_play)
+        for agent in run.opponents.values():
             if isinstance(agent, Api):
                 line[f"{agent.name} failed, turns"] = [agent.failed, agent.turns]
         with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if iteration % 10 == 0 or run.iteration == total:
             write_transcript(run, iteration, matches, live)
-        if run.iteration in (total, *run.past_selves()) or run.iteration % settings.save_every == 0:
-            run.save()
+        run.save()
         if line["zero_credit"] == 1 or line["entropy"] < 1e-6:
             warn("nothing to learn from: games of a group ended alike, or nothing is explored")
-        shown = ("points", GAMES[settings.game].headline, "entropy")
-        bar.set_postfix({name: line[name] for name in shown}, refresh=False)
+        bar.set_postfix(points=line["points"], entropy=line["entropy"], refresh=False)
 
 
 def check_update(ratio, grad_norm):

@@ -15,7 +15,6 @@ import re
 import sys
 import unicodedata
 
-import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -72,13 +71,11 @@ def load(name, quant, game, lora_rank=8, seed=0, prior_seed=0):
     if name in BUILT_IN:
         base, tokenizer = tiny.load_built_in(name, game, prior_seed)
         return LLM(base, tokenizer, lora_rank, seed, os.path.basename(base.name_or_path))
-    print(f"loading {name} ...", flush=True)
     on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        print("warning: this GPU has no bfloat16; float32 takes twice the memory", file=sys.stderr)
-        dtype = torch.float32
-    how = dict(dtype=dtype, device_map="cuda" if on_gpu else "cpu", attn_implementation="sdpa")
+    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+    print(f"loading {name} in {dtype} ...", flush=True)
+    how = dict(dtype=dtype, device_map="cuda" if on_gpu else "cpu")
     if quant == "nf4" or (quant == "auto" and on_gpu):
         nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
@@ -114,9 +111,7 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-class Human(Player):
-    """The person at the terminal."""
-
+class Human(Player):  # the person at the terminal
     def answer(self, question):
         turn, played = question.turn, len(question.history)
         print(f"\n[game {question.key[0] + 1}, round {played + 1}]\n{printable(turn.text)}")
@@ -225,8 +220,7 @@ class Api(Player):
 
 
 def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
-    """Play `agents` {name: Player} with each other and all scripted players, on the same deals.
-    -> {agent: {other: means}} as of `games.summarize`, with the standard error over deals."""
+    """Play `agents` {name: Player} with each other and the scripted: {agent: {other: means}}."""
     everyone = agents | {name: Scripted(name) for name in scripted_names(game)}
     results = {}
     for a in tqdm(agents, desc="playing", leave=False, disable="human" in agents):
@@ -235,9 +229,7 @@ def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
             if b == "human" or (a == "human" and b not in agents):
                 continue  # nobody wants to play all those games
             sides = meet(game, agents[a], everyone[b], deals, rounds, seed, max_tokens, at_once)
-            points = [summarize(deal)["points"] for deal in zip(sides[::2], sides[1::2])]
-            error = float(np.std(points, ddof=1)) / deals**0.5 if deals > 1 else None
-            results[a][b] = summarize(sides) | {"standard_error": error}
+            results[a][b] = summarize(sides)
     return results
 
 
@@ -284,6 +276,8 @@ def parse(argv):
             parser.error(f"{run} plays {config.get('game')}, not {args.game}: evaluate it apart")
     if min(args.rounds, args.games, args.games_at_once, args.seed + 1) < 1:
         parser.error("--rounds, --games and --games_at_once begin at 1, --seed at 0")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out} is in no folder")
     return args
 
 

@@ -2,8 +2,7 @@
 
 A game is a generator that reads like a rules sheet: it yields the turns it wants answered now, is
 sent the replies, and yields a Round once a round is scored. `matrix_game` is the shortest one. To
-add a game, write such a function and name it in GAMES. There are no tokens and no tensors here,
-only text and numbers. Seats are 0 and 1."""
+add a game, write such a function and name it in GAMES. Seats are 0 and 1."""
 
 import functools
 import re
@@ -107,7 +106,6 @@ def trust_split(rng, rounds, max_tokens):
         for seat, other in ((0, 1), (1, 0)):
             indicators[seat][f"keep_{role[seat]}"] = [kept[seat]]
             indicators[seat]["honesty"] = [claims[seat] == hands[seat]]
-            indicators[seat]["silence"] = [messages[seat] == ""]
             news[seat] = f"The other had the {role[other]} hand and kept {kept[other]}."
         yield Round(points, 100, fair, indicators)
 
@@ -225,9 +223,8 @@ class Match:
 
 
 def play(game, matches, seed, max_tokens, at_once=None):
-    """Play `matches` of `game` in place and in step, `at_once` of them at a time, if given. seed:
-    list of ints; with a match's number and deal it fixes all that is random, whatever `at_once`.
-    ValueError for points that a game's rules make impossible."""
+    """Play `matches` of `game` in place and in step, `at_once` of them at a time, if given. `seed`,
+    a list of ints, fixes all that is random. ValueError for points that cannot be."""
     if at_once and len(matches) > at_once:
         for start in range(0, len(matches), at_once):
             play(game, matches[start : start + at_once], seed, max_tokens)

@@ -51,8 +51,7 @@ IMITATED = {"tit_for_tat": 0.42, "cooperate": 0.33, "defect": 0.2, "random": 0.0
 BUILT_IN = {model for model, _ in LESSONS}
 TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
 TEMPLATE += "{{'<|assistant|>' if add_generation_prompt}}"
-# With today's date, a run that is resumed tomorrow would read other prompts.
-DATE = "1 January 2026"
+DATE = "1 January 2026"  # today's would change the prompts of a run that is resumed tomorrow
 FIXED_DATE = "{% macro strftime_now(format) %}" + DATE + "{% endmacro %}"
 
 
@@ -197,8 +196,7 @@ def conversations(lesson, game, count, seed):
     chats = []
     for match in matches:
         for seat in (0, 1):
-            said = [turn[1:] for turn in match.log if turn[0] == seat]
-            chats.append([text for pair in said for text in pair])
+            chats.append([text for who, *pair in match.log if who == seat for text in pair])
     return chats
 
 
@@ -243,17 +241,19 @@ def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
 
 
 def load_built_in(name, game, seed=0):
-    """(model, tokenizer) of a built-in model, warmed up on `game` now or before.
-    seed: fixes the games it has seen and its first weights."""
+    """(model, tokenizer) of a built-in model of this seed, warmed up on `game` now or before."""
     lessons = LESSONS.get((name, game), LESSONS[name, "matrix"])
     transformers.utils.logging.disable_progress_bar()
     sample = conversations(lessons[-1], game, 64, seed)
     ingredients = repr((sample, lessons, seed, torch.__version__)).encode()
     key = hashlib.sha256(ingredients + pathlib.Path(__file__).read_bytes()).hexdigest()[:16]
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "aa_minimal" / f"{name}-{game}-{key}"
-    if not folder.exists():
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    with user_error(f"{cache} cannot keep the built-in model", "set XDG_CACHE_HOME to a folder"):
+        folder = pathlib.Path(cache).expanduser() / "aa_minimal" / f"{name}-{game}-{key}"
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            tempfile.TemporaryFile(dir=folder.parent).close()  # fail now, not after the warm-up
+    if not folder.exists():
         taught = [(conversations(lesson, game, 4096, seed), lesson.steps) for lesson in lessons]
         tokenizer = build_tokenizer([text for chat in taught[-1][0][:512] for text in chat])
         torch.manual_seed(seed)

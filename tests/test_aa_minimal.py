@@ -291,10 +291,8 @@ def test_every_game_has_defaults_that_make_sense_for_both_kinds_of_models():
         (["--algo", "ppo"], "ppo"),
         (["--baseline", "none"], "none"),
         (["--games", "10", "--group_size", "4"], "groups of 4"),
-        (["--group_size", "1"], "baseline"),
         (["--rounds", "0"], "--rounds 0"),
         (["--iterations", "0"], "--iterations 0"),
-        (["--save_every", "0"], "--save_every 0"),
         (["--lora_rank", "0"], "--lora_rank 0"),
         (["--games_at_once", "0"], "--games_at_once 0"),
         (["--micro_batch_tokens", "0"], "--micro_batch_tokens 0"),
@@ -389,7 +387,7 @@ def test_a_run_that_is_done_can_be_resumed_and_stays_as_it_is(copied, undisturbe
         ["--iterations", "5"],
         ["--opponent", "defect"],
         ["--out", "elsewhere"],
-        ["--save_every", "2"],
+        ["--snapshot_every", "2"],
     ],
 )
 def test_resume_refuses_flags_that_contradict_the_run(copied, capsys, flags):
@@ -425,6 +423,24 @@ def test_a_log_is_cut_back_to_the_checkpoint_that_a_run_goes_on_from(copied, und
     seen = timeless(copied)
     assert [line["iteration"] for line in seen] == list(range(LENGTH + 1))
     assert seen[:LENGTH] == timeless(undisturbed) and seen[LENGTH]["points"] <= 5
+
+
+def test_a_run_resumes_from_files_with_the_line_ends_of_windows(copied, undisturbed):
+    for name in ("config.json", "metrics.jsonl"):
+        text = (copied / name).read_bytes()
+        (copied / name).write_bytes(text.replace(b"\n", b"\r\n"))
+    assert main("--resume", copied, "--iterations", LENGTH + 1) == 0
+    assert timeless(copied)[:LENGTH] == timeless(undisturbed)
+
+
+def test_a_run_that_is_under_way_is_not_resumed_beside_it(copied, capsys):
+    run = Run(parse(["--resume", str(copied), "--iterations", str(LENGTH + 1)]))
+    before = files(copied)
+    assert main("--resume", copied, "--iterations", LENGTH + 1) == 2
+    assert f"{copied} is in use" in error_lines(capsys.readouterr().err)[-1]
+    assert files(copied) == before
+    del run
+    assert main("--resume", copied, "--iterations", LENGTH + 1) == 0
 
 
 @pytest.mark.parametrize("flags", [["--micro_batch_tokens", 1], ["--games_at_once", 3]])
@@ -556,31 +572,22 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_can_go_on_later(
 
 
 @pytest.mark.parametrize(
-    "iterations, save_every, buffer, kept",
+    "iterations, buffer, kept",
     [
-        (3, 1, 30, [0, 3]),
-        (23, 4, 30, [0, 10, 20, 23]),
-        (23, 1, 2, [10, 20, 23]),
-        (20, 7, 1, [20]),
-        (11, 4, 0, [11]),
+        (3, 30, [0, 3]),
+        (23, 30, [0, 10, 20, 23]),
+        (23, 2, [10, 20, 23]),
+        (20, 1, [20]),
+        (11, 0, [11]),
     ],
 )
-def test_checkpoints_are_those_of_past_selves_and_the_newest(
-    tmp_path, iterations, save_every, buffer, kept
-):
-    flags = ["--iterations", iterations, "--save_every", save_every, "--buffer", buffer]
+def test_checkpoints_are_those_of_past_selves_and_the_newest(tmp_path, iterations, buffer, kept):
+    flags = ["--iterations", iterations, "--buffer", buffer]
     assert main(*LEAST, *flags, "--out", tmp_path / "run") == 0
     assert checkpoints(tmp_path / "run") == kept
     optimizers = [path.parent.name for path in (tmp_path / "run").rglob("optimizer.pt")]
     assert optimizers == [f"checkpoint-{iterations:06d}"]
     assert not list((tmp_path / "run").glob("unfinished*"))
-
-
-def test_a_run_is_saved_as_often_as_asked(tmp_path, monkeypatch):
-    saved, save = [], Run.save
-    monkeypatch.setattr(Run, "save", lambda run: saved.append(run.iteration) or save(run))
-    assert main(*LEAST, "--iterations", 11, "--save_every", 4, "--out", tmp_path / "run") == 0
-    assert saved == [0, 4, 8, 10, 11]
 
 
 def test_peft_alone_loads_the_adapter_of_a_run(undisturbed):
@@ -635,13 +642,15 @@ def test_games_of_words_and_numbers_are_played_and_learned_from(tmp_path, hasty,
 # ------------------------------------------------------------------------ opponents, rounds, groups
 
 
-def drawn(iteration=0, opponents=(), past=(), **settings):
-    """(matches, live): those of an iteration of a run that has these past selves."""
+def drawn(iteration=0, opponents=None, past=(), **settings):
+    """(matches, live): those of an iteration of a run that has these past selves. opponents: {name:
+    Player} as given by --opponent, "self" in it stands for the learner."""
     adapters = []
     llm = types.SimpleNamespace(load_adapter=lambda *what: adapters.append(what))
     made = parse(["--game", "ipd", "--model", "tiny"])
-    vars(made).update(settings)
-    run = types.SimpleNamespace(settings=made, iteration=iteration, opponents=list(opponents))
+    vars(made).update(settings, opponent=list(opponents) if opponents else None)
+    players = {name: player for name, player in (opponents or {}).items() if name != "self"}
+    run = types.SimpleNamespace(settings=made, iteration=iteration, opponents=players)
     run.llm, run.past_selves, run.folder = llm, lambda: list(past), pathlib.Path("run")
     live = Policy(llm)
     matches = draw_matches(run, live)
@@ -698,7 +707,7 @@ def test_past_selves_are_the_newest_that_were_kept(iteration, every, buffer, wan
 
 
 def test_opponents_are_drawn_by_group_and_take_the_place_of_past_selves():
-    pool = [Scripted("cooperate"), Scripted("defect")]
+    pool = {"cooperate": Scripted("cooperate"), "defect": Scripted("defect")}
     matches, live, folders = drawn(opponents=pool, past=[0, 10], games=80, group_size=2)
     assert not folders
     met = Counter()
@@ -707,7 +716,16 @@ def test_opponents_are_drawn_by_group_and_take_the_place_of_past_selves():
         seat = one.players.index(live)
         assert seat == one.deal % 2
         met[one.players[1 - seat]] += 1
-    assert set(met) == set(pool) and min(met.values()) >= 8
+    assert set(met) == set(pool.values()) and min(met.values()) >= 8
+
+
+def test_self_among_the_opponents_is_self_play():
+    pool = {"self": None, "defect": Scripted("defect")}
+    matches, live, _ = drawn(opponents=pool, past=[0, 10], games=80, group_size=2)
+    met = Counter(match.players.count(live) for match in matches)
+    assert set(met) == {1, 2} and min(met.values()) >= 16
+    others = {player for match in matches for player in match.players} - {live}
+    assert others == {pool["defect"]}
 
 
 def test_another_iteration_or_seed_draws_other_opponents_and_rounds():
@@ -751,11 +769,19 @@ def test_a_run_learns_against_scripted_players_in_the_other_seat(tmp_path):
     assert line["points"] == pytest.approx(1 - line["cooperation"])
 
 
+def test_half_a_pool_may_be_self_play(tmp_path):
+    flags = ["--opponent", "self", "defect", "--games", 32, "--iterations", 2]
+    assert main(*SMALL, *flags, "--out", tmp_path / "run") == 0
+    for line in metrics(tmp_path / "run"):
+        sides = line["sampled_tokens"] / 3
+        assert 32 < sides < 64  # both seats of some games, one of the others
+
+
 def test_an_opponent_that_is_a_run_plays_but_does_not_learn(tmp_path, undisturbed):
     flags = ["--opponent", undisturbed, "--iterations", 2, "--out", tmp_path / "run"]
     run = Run(parse([str(flag) for flag in (*SMALL, *flags)]))
     aa_minimal.train(run)
-    [opponent] = run.opponents
+    [opponent] = run.opponents.values()
     held = peft.get_peft_model_state_dict(run.llm.model, adapter_name=opponent.adapter)
     saved = safetensors.torch.load_file(newest(undisturbed) / "adapter_model.safetensors")
     assert set(held) == set(saved) and all(torch.equal(held[name], saved[name]) for name in saved)
@@ -887,11 +913,25 @@ def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_p
     flags = [*TINY, "--rounds", "3", "--games", "4", "--group_size", "2"]
     plain = Run(parse([*flags, "--out", str(tmp_path / "plain")]))
     taught = Run(parse([*flags, "--imitate", "40", "--out", str(tmp_path / "taught")]))
-    assert said_by_a_defector(taught) > said_by_a_defector(plain) + 0.05
+    said, folder = said_by_a_defector(taught), taught.folder
+    assert said > said_by_a_defector(plain) + 0.05
     first = taught.folder / "checkpoint-000000" / "adapter_model.safetensors"
     weights = safetensors.torch.load_file(first)
     assert max(value.abs().max() for name, value in weights.items() if "lora_B" in name) > 0
+    del taught  # and its lock
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aa_minimal, "imitate", None)  # when a run goes on it is not called
-        again = Run(parse(["--resume", str(taught.folder)]))
-    assert said_by_a_defector(again) == pytest.approx(said_by_a_defector(taught))
+        again = Run(parse(["--resume", str(folder)]))
+    assert said_by_a_defector(again) == pytest.approx(said)
+
+
+def test_real_models_that_imitate_have_settings_of_their_own():
+    real, imitating = ["--game", "ipd", "--model", "some/model"], aa_minimal.IMITATING
+    settings = vars(parse([*real, "--imitate", "30"]))
+    assert settings["imitate"] == 30
+    assert {name: settings[name] for name in imitating} == imitating
+    assert parse([*real, "--imitate", "30", "--beta", "1"]).beta == 1
+    for others in ([*real, "--imitate", "0"], [*TINY, "--imitate", "30"], real):
+        assert parse(others).beta not in (imitating["beta"], None)
+    longer = vars(parse(["--game", "trust_split", "--model", "some/model", "--imitate", "9"]))
+    assert longer["gamma"] == 0.96 and longer["rounds"] == imitating["rounds"]

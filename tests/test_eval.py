@@ -122,7 +122,6 @@ def test_matrix_games_between_scripted_players_score_as_on_paper(game):
             means = results[a][b]
             assert means["points_other"] == pytest.approx(want[j][i])
             assert means["welfare"] == pytest.approx((want[i][j] + want[j][i]) / BEST[game])
-            assert means["standard_error"] == pytest.approx(0)
 
 
 def test_trust_split_is_the_same_from_both_seats_of_a_deal():
@@ -135,7 +134,6 @@ def test_trust_split_is_the_same_from_both_seats_of_a_deal():
     assert np.allclose(points(results, pair, pair), [[50, 25], [52.5, 27.5]])
     for a, b, welfare in (("cooperate", "cooperate", 1), ("cooperate", "defect", 0.775)):
         assert results[a][b]["welfare"] == pytest.approx(welfare)
-        assert results[a][b]["standard_error"] == pytest.approx(0)
 
 
 def test_split_mixes_its_two_kinds_of_values_as_they_are_dealt():
@@ -167,25 +165,6 @@ def test_all_pairs_play_the_same_deals_from_both_seats(met):
             hands.setdefault(match.deal, set()).add(match.log[0][:2])
     assert all(len(seen) == 1 for seen in hands.values())
     assert len(set.union(*hands.values())) > 1
-
-
-def test_standard_errors_are_over_deals(met):
-    results = crossplay("trust_split", {"random": Scripted("random")}, 5, 2, [0], 20, 3)
-    for b, sides in zip(results["random"], met):
-        by_deal = [[], [], [], [], []]
-        for match, seat in sides:
-            by_deal[match.deal] += [round.points[seat] for round in match.history]
-        means = [sum(values) / 4 for values in by_deal]
-        mean = sum(means) / 5
-        variance = sum((value - mean) ** 2 for value in means) / 4
-        assert variance > 0
-        assert results["random"][b]["points"] == pytest.approx(mean)
-        assert results["random"][b]["standard_error"] == pytest.approx((variance / 5) ** 0.5)
-
-
-def test_one_deal_has_no_standard_error():
-    results = crossplay("ipd", {"grim": Scripted("grim")}, 1, 2, [0], 0, None)
-    assert {means["standard_error"] for means in results["grim"].values()} == {None}
 
 
 # -------------------------------------------------------------------------------------- the tables
@@ -349,6 +328,7 @@ def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_many_play_at_on
         (["grim", "--games_at_once", "0"], "--games_at_once"),
         (["grim", "--seed", "-1"], "--seed"),
         (["grim", "--game", "chess"], "chess"),
+        (["grim", "--game", "ipd", "--out", "no/where.json"], "no/where.json"),
         (["grim", "--banana"], "banana"),
         (["ipd", "split"], "split plays split, not ipd"),
         (["split", "--game", "ipd"], "split plays split, not ipd"),
@@ -373,7 +353,6 @@ def test_wrong_flags_end_in_argparses_line(tmp_path, monkeypatch, capsys, flags,
         (["TRAINED", "TRAINED/"], "defector"),
         (["nobody", "--game", "ipd"], "nobody"),
         (["liar", "--game", "ipd"], "liar"),
-        (["grim", "--games", "1", "--game", "ipd", "--out", "no/where.json"], "no/where.json"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named_in_one_line(

@@ -500,18 +500,13 @@ def test_only_what_the_other_reads_of_a_message_is_a_claim():
                     assert record.indicators[0]["honesty"] == [honest]
 
 
-def test_a_message_of_no_tokens_is_silence():
+def test_a_message_of_no_tokens_is_empty_and_not_honest():
     players = keeps(message=""), keeps(message="anything")
     [match] = play_games("trust_split", players, rounds=2, max_tokens=0)
     for seat in (0, 1):
-        assert summarize([Side(match, seat)])["silence"] == 1
+        assert summarize([Side(match, seat)])["honesty"] == 0
         assert {turn.max_tokens for turn in players[seat].turns} == {0}
         assert all('The other said: ""\n' in text for text in texts(match, seat)[1::2])
-
-
-def test_silence_is_counted_for_the_seat_that_sends_nothing():
-    [match] = play_games("trust_split", (keeps(message=" \n"), keeps(message="Hi.")))
-    assert [summarize([Side(match, seat)])["silence"] for seat in (0, 1)] == [1, 0]
 
 
 def test_a_free_message_may_have_as_many_tokens_as_the_setting_says():
@@ -893,9 +888,6 @@ def test_indicators_of_trust_split_are_those_counted_by_hand():
         "honesty": [1, 0, 1, 0, 1],
         "honesty_after_greedy": [0, 1, 0],
         "honesty_after_fair": [1],
-        "silence": [0, 0, 0, 0, 0],
-        "silence_after_greedy": [0, 0, 0],
-        "silence_after_fair": [0],
         "keep_upper": [10, 9],
         "keep_upper_after_greedy": [9],
         "keep_lower": [3, 6, 5],
@@ -908,9 +900,6 @@ def test_indicators_of_trust_split_are_those_counted_by_hand():
         "honesty": [0, 1, 0, 1, 1],
         "honesty_after_fair": [0],
         "honesty_after_greedy": [1, 1],
-        "silence": [0, 0, 0, 0, 0],
-        "silence_after_fair": [0],
-        "silence_after_greedy": [0, 0],
         "keep_upper": [10, 6, 10],
         "keep_upper_after_fair": [6],
         "keep_upper_after_greedy": [10],
@@ -989,7 +978,7 @@ def test_cooperation_in_trust_split_is_seen_only_with_the_lower_hand():
 
 CONDITIONED = {  # indicators that are also measured after the other was fair, and after greedy
     **dict.fromkeys(MATRIX, ["cooperation"]),
-    "trust_split": ["cooperation", "honesty", "silence", "keep_upper", "keep_lower"],
+    "trust_split": ["cooperation", "honesty", "keep_upper", "keep_lower"],
     "split": ["cooperation", "keep_high", "keep_low"],
 }
 

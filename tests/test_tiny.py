@@ -806,6 +806,26 @@ def test_a_warm_up_that_is_stopped_leaves_no_half_model(cheap, monkeypatch):
     assert tiny.load_built_in("tiny", "ipd")
 
 
+@pytest.mark.parametrize("name", ["a file", "a file/below"])
+def test_a_cache_that_cannot_be_written_is_refused_before_the_warm_up(cheap, monkeypatch, name):
+    (cheap.parent / "a file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cheap.parent / name))
+    monkeypatch.setattr(tiny, "imitate", None)  # is not reached
+    with pytest.raises(tiny.UserError, match=f"{name}.*XDG_CACHE_HOME"):
+        tiny.load_built_in("tiny", "ipd")
+
+
+def test_a_user_without_a_home_is_told_of_the_cache(cheap, monkeypatch):
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(tiny.UserError, match="XDG_CACHE_HOME"):
+        tiny.load_built_in("tiny", "ipd")
+
+
 def test_another_run_that_was_faster_is_no_error(cheap, monkeypatch):
     model, _ = tiny.load_built_in("tiny", "ipd")
     imitate, folder = tiny.imitate, pathlib.Path(model.name_or_path)
