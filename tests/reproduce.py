@@ -1,0 +1,209 @@
+"""All evidence of RESULTS.md: train what is missing, print the tables. Run by hand, from anywhere:
+
+    python tests/reproduce.py --list                    parts, rows and their commands
+    python tests/reproduce.py ipd trust_split           these parts, two runs at a time
+    python tests/reproduce.py --model DIR               everything, with the rows of a real model
+    python tests/reproduce.py --tables                  train nothing, print what there is
+
+Every row is one command, repeated over seeds and priors; none is left out of a table. Runs lie in
+runs/reproduce/. Stopped ones are resumed, finished ones are not made again. One thread each."""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from eval import read_json, report
+from tiny import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "reproduce"
+# A row of a table: flags of aa_minimal.py, and the seeds and priors that they are repeated over.
+# kernels: what PyTorch may use of the processor ("": all). In flags, {NAME} is the run of that row
+# with the same seed and prior, {model} the folder of a real model.
+Row = namedtuple("Row", "name flags seeds priors kernels", defaults=[range(5), (0,), ""])
+GOAL = {"ipd": 2.9, "trust_split": 47}  # points; falls are counted from there on
+CREDITS = ("naive", "sum", "aa", "aa_causal")
+SCRIPTED = "tit_for_tat grim cooperate defect random"
+POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half of it is self-play
+REAL = "--game ipd --model {model} --imitate 25 --rounds 5 --games 32 --group_size 32 "
+REAL += "--iterations 12 --lr 1e-4 --entropy 0.02 --buffer 0 --games_at_once 32"
+
+
+def over(names, flags, **more):
+    """A row for each of the credits `names`; {algo} in name and flags is the credit."""
+    name, rest = flags.split(" ", 1)
+    return [Row(f"{name}-{a}", f"{rest} --algo {a}", **more) for a in names]
+
+
+PARTS = {
+    "ipd": over(CREDITS, "ipd --game ipd", priors=range(4)),
+    "trust_split": over(CREDITS, "trust --game trust_split", priors=range(2)),
+    "split": over(CREDITS, "split --game split", priors=range(2)),
+    "matrix": over(("naive", "aa_causal"), "stag_hunt --game stag_hunt", priors=range(2))
+    + over(("naive", "aa_causal"), "chicken --game chicken", priors=range(2)),
+    "kernels": over(("aa_causal", "aa"), "ipd-default --game ipd", kernels="default")
+    + over(("aa_causal", "aa"), "ipd-avx2 --game ipd", kernels="avx2"),
+    "long": over(("aa_causal", "aa"), "ipd-long --game ipd --iterations 120", priors=range(4)),
+    "variants": over(("jit",), "ipd --game ipd")
+    + over(("jit",), "trust --game trust_split")
+    + [
+        Row("ipd-batch", "--game ipd --baseline batch"),
+        Row("ipd-no-past", "--game ipd --buffer 0"),
+        Row("ipd-blind", "--game ipd --model tiny-blind"),
+        Row("trust-batch", "--game trust_split --baseline batch"),
+        Row("trust-no-past", "--game trust_split --buffer 0"),
+        Row("trust-no-talk", "--game trust_split --max_message_tokens 0"),
+    ],
+    "beta": [Row(f"ipd-beta-{beta}", f"--game ipd --beta {beta}") for beta in (0.5, 1, 4, 8, 32)],
+    "adversaries": [
+        Row(f"ipd-{algo}-vs-{victim}", f"--game ipd --algo {algo} --opponent {{ipd-{victim}}}")
+        for algo in ("naive", "adversary", "margin")
+        for victim in ("aa_causal", "sum")
+    ]
+    + [
+        Row(f"trust-naive-vs-{v}", f"--game trust_split --algo naive --opponent {{trust-{v}}}")
+        for v in ("aa_causal", "sum")
+    ],
+    "pool": [
+        Row("ipd-pool", f"--game ipd {POOL}", priors=range(2)),
+        Row("trust-pool", f"--game trust_split {POOL} liar", priors=range(2)),
+    ],
+    "real": over(("naive", "sum", "aa", "aa_causal"), f"real {REAL}", seeds=range(1, 4)),
+}
+
+
+def folder_of(name, seed, prior):
+    return RUNS / f"{name}-s{seed}-p{prior}"
+
+
+def command(row, seed, prior, model="DIR"):
+    """What a user would type for one run of a row, after `python`."""
+    names = {
+        other.name: folder_of(other.name, seed, prior) for part in PARTS.values() for other in part
+    }
+    flags = row.flags
+    for name, value in (names | {"model": model}).items():
+        flags = flags.replace(f"{{{name}}}", str(value))
+    prior = f" --prior_seed {prior}" if prior else ""
+    return f"aa_minimal.py {flags} --seed {seed}{prior}"
+
+
+def make(row, seed, prior, model):
+    """Make the run, or go on with it; the last line that a failed one printed, else ""."""
+    folder = folder_of(row.name, seed, prior)
+    if (folder / "summary.json").exists():
+        return ""
+    words = command(row, seed, prior, model).split() + ["--out", str(folder)]
+    if list(folder.glob("checkpoint-*")):
+        words = ["aa_minimal.py", "--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if row.kernels:  # a prior of its own, made with these kernels
+        env |= {"ATEN_CPU_CAPABILITY": row.kernels, "XDG_CACHE_HOME": str(RUNS / row.kernels)}
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "w", encoding="utf-8") as log:
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, stdout=log, stderr=log)
+    lines = pathlib.Path(f"{folder}.log").read_text(encoding="utf-8").strip().split("\n")
+    return f"{folder.name}: {lines[-1]}" if done.returncode else ""
+
+
+def measures(folder):
+    """{name of a column: number, or None} of one finished run."""
+    config = read_json(folder, "config.json")
+    lines = read_json(folder, "metrics.jsonl")
+    points = [line["points"] for line in lines]
+    trained = read_json(folder, "summary.json")["trained"]
+    itself, greedy, random = trained["trained"], trained["defect"], trained["random"]
+    out = {"last ten": np.mean(points[-10:]), "with itself": itself["points"]}
+    out["greedy gets"], out["keeps"] = greedy["points_other"], greedy["points"]
+    out["fair gets"] = trained["cooperate"]["points_other"]
+    out["honesty"] = itself.get("honesty")
+    out["liar: keeps"] = trained.get("liar", {}).get("points")
+    for state in ("cc", "cd", "dc", "dd"):
+        out[f"after {state}"] = random.get(f"p_c_{state}")
+    goal = GOAL.get(config["game"], np.inf)
+    reached = next((n for n, value in enumerate(points) if value >= goal), None)
+    out["goal at"] = reached
+    if reached is not None:  # the lowest mean of five iterations after it
+        windows = [np.mean(points[n : n + 5]) for n in range(reached, len(points) - 4)]
+        out["lowest five"] = min(windows, default=None)
+    seconds = [line["seconds_play"] + line["seconds_update"] for line in lines]
+    return out | {"minutes": sum(seconds) / 60}
+
+
+def spread(values):
+    """The range of numbers as text, without those that are None."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    digits = 1 if max(values) >= 10 else 2
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def table(rows):
+    """Print a Markdown table: a line per row and prior, ranges over the seeds."""
+    found = []
+    for row in rows:
+        for prior in row.priors:
+            folders = [folder_of(row.name, seed, prior) for seed in row.seeds]
+            runs = [measures(f) for f in folders if (f / "summary.json").exists()]
+            label = f"`{row.name}`" + (f", prior {prior}" if len(row.priors) > 1 else "")
+            found.append((label, f"{len(runs)} of {len(folders)}", runs))
+    columns = list(dict.fromkeys(name for _, _, runs in found for run in runs for name in run))
+    values = {c: [spread(run.get(c) for run in runs) for _, _, runs in found] for c in columns}
+    columns = [column for column in columns if any(values[column])]
+    print("| row | runs | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    for n, (label, count, _) in enumerate(found):
+        print(f"| {label} | {count} | " + " | ".join(values[c][n] for c in columns) + " |")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", help="folder of the real model, SmolLM2-135M-Instruct")
+    parser.add_argument("--at_once", type=int, default=2, help="runs at a time")
+    parser.add_argument("--list", action="store_true", help="print the commands only")
+    parser.add_argument("--tables", action="store_true", help="print the tables only")
+    args = parser.parse_args(argv)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part {min(unknown)}; there are {', '.join(PARTS)}")
+    parts = args.parts or [part for part in PARTS if part != "real" or args.model]
+    if "real" in parts and not (args.model or args.list or args.tables):
+        parser.error("the part real needs --model DIR")
+    rows = [row for part in PARTS for row in PARTS[part] if part in parts]
+    if args.list:
+        for row in rows:
+            print(f"{row.name}: {len(row.seeds) * len(row.priors)} runs such as")
+            print(
+                "   ", f"ATEN_CPU_CAPABILITY={row.kernels}" * bool(row.kernels), "python", end=" "
+            )
+            print(command(row, row.seeds[0], row.priors[-1], args.model or "DIR"))
+        return
+    problems = []
+    if not args.tables:
+        jobs = [(row, seed, prior) for row in rows for seed in row.seeds for prior in row.priors]
+        with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+            done = pool.map(lambda job: make(*job, args.model), jobs)
+            problems = [line for line in tqdm(done, total=len(jobs), desc="runs") if line]
+    for part in parts:
+        print(f"\n## {part}\n")
+        table(PARTS[part])
+    if problems:
+        raise UserError(f"{len(problems)} runs failed, the first one {problems[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(report("reproduce", main))

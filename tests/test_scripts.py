@@ -1,0 +1,148 @@
+"""The scripts that are run by hand: what `words.py` says, what `reproduce.py` makes of runs."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import reproduce
+import words
+
+from eval import report
+from games import COUNTS, GAMES, Match, Scripted, play, scripted_names
+
+
+def scores(rules, game, pair, monkeypatch):
+    """(texts read, points) of two scripted players in three games with these rules."""
+    with monkeypatch.context() as patch:
+        patch.setitem(GAMES, game, GAMES[game]._replace(rules=rules))
+        players = [Scripted(name) for name in pair]
+        matches = [Match(n, n, 4, players) for n in range(3)]
+        play(game, matches, [0], 20)
+    texts = [turn[1] for match in matches for turn in match.log]
+    return texts, [round.points for match in matches for round in match.history]
+
+
+@pytest.mark.parametrize("wording", words.WORDINGS)
+@pytest.mark.parametrize("game", ["ipd", "chicken", "trust_split"])
+def test_a_game_in_other_words_is_the_same_game(game, wording, monkeypatch):
+    table, rules = words.WORDINGS[wording], GAMES[game].rules
+    for first in scripted_names(game):
+        if first == "random":
+            continue  # it draws from the choices in their order
+        for second in ("tit_for_tat", "defect"):
+            plain, points = scores(rules, game, (first, second), monkeypatch)
+
+            def other(*args):
+                return words.reworded(rules, table, *args)
+
+            read, same = scores(other, game, (first, second), monkeypatch)
+            assert same == points
+            assert read == [words.translate(text, table) for text in plain]
+            assert any(text not in plain for text in read)
+
+
+def test_words_are_replaced_as_words_and_sentences():
+    swapped, renamed = words.WORDINGS["swapped"], words.WORDINGS["renamed"]
+    assert words.translate("Choose A or B, All Bets", swapped) == "Choose B or A, All Bets"
+    assert words.translate("rock, papers, Paper", renamed) == "fire, papers, Paper"
+    assert words.translate("Your hand is rock.", words.WORDINGS["paraphrased"]) == "You hold rock."
+
+
+def test_choices_and_numbers_stay_what_they_are():
+    turn = next(words.reworded(GAMES["ipd"].rules, words.WORDINGS["renamed"], None, 1, 0))[0]
+    assert (turn.choices, turn.fair, turn.greedy) == (("J", "F"), "J", "F")
+    game = words.reworded(GAMES["trust_split"].rules, words.WORDINGS["renamed"], *[*FIRST, 1, 9])
+    next(game)
+    [second] = game.send(["My hand is water"])
+    assert 'The other says: "My hand is water"' in second.text
+    turns = game.send(["My hand is fire"])
+    assert all(turn.choices == COUNTS for turn in turns)
+    assert game.send(["5", "5"]).indicators[0]["keep_upper"] in ([], [5])
+
+
+FIRST = [np.random.default_rng(0)]
+
+
+# ---------------------------------------------------------------------------------------- the rows
+
+
+def test_rows_have_names_of_their_own_and_commands_that_the_program_takes(monkeypatch):
+    import aa_minimal
+
+    rows = [row for part in reproduce.PARTS.values() for row in part]
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        for seed, prior in ((row.seeds[0], row.priors[0]), (row.seeds[-1], row.priors[-1])):
+            typed = reproduce.command(row, seed, prior).split()
+            assert typed.pop(0) == "aa_minimal.py" and "{" not in " ".join(typed)
+            settings = aa_minimal.parse(typed)
+            assert (settings.seed, settings.prior_seed) == (seed, prior)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A folder with two finished runs of `ipd-naive` and one under way."""
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path)
+    for seed, points in ((0, [1.0] * 12), (1, [2.95, 1.0] + [3.0] * 10), (2, [2.0])):
+        folder = reproduce.folder_of("ipd-naive", seed, 0)
+        folder.mkdir(parents=True)
+        lines = [{"points": p, "seconds_play": 6, "seconds_update": 0} for p in points]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+        (folder / "config.json").write_text(json.dumps({"game": "ipd"}))
+        names = ("trained", "defect", "cooperate", "random")
+        met = {name: {"points": points[-1], "points_other": 1.4, "p_c_cd": 0.25} for name in names}
+        if seed < 2:
+            (folder / "summary.json").write_text(json.dumps({"trained": met}))
+    return tmp_path
+
+
+def test_measures_of_a_run_are_those_on_paper(runs):
+    first, second = (reproduce.measures(reproduce.folder_of("ipd-naive", s, 0)) for s in (0, 1))
+    assert first["last ten"] == 1 and first["goal at"] is None and first["minutes"] == 1.2
+    assert second["last ten"] == 3 and second["goal at"] == 0
+    assert second["lowest five"] == pytest.approx((2.95 + 1 + 9) / 5)
+    assert second["after cd"] == 0.25 and second["greedy gets"] == 1.4
+
+
+def test_a_table_counts_the_runs_that_are_missing(runs, capsys):
+    reproduce.table([reproduce.Row("ipd-naive", "", range(5))])
+    header, _, line = capsys.readouterr().out.strip().split("\n")
+    cells = dict(zip(header.split(" | "), line.split(" | ")))
+    assert cells["runs"] == "2 of 5" and cells["last ten"] == "1.00 to 3.00"
+    assert cells["greedy gets"] == "1.40"
+
+
+def test_finished_runs_are_not_made_again_and_a_failed_one_is_named(runs, monkeypatch):
+    called = []
+
+    def fails(words, cwd, env, stdout, stderr):
+        called.append(words[1:])
+        stdout.write("something\naa_minimal: no luck\n")
+        return argparse.Namespace(returncode=2)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", fails)
+    row = reproduce.Row("ipd-naive", "--game ipd --algo naive")
+    assert reproduce.make(row, 0, 0, None) == "" and not called
+    assert reproduce.make(row, 3, 0, None) == "ipd-naive-s3-p0: aa_minimal: no luck"
+    assert called[0][:5] == ["aa_minimal.py", "--game", "ipd", "--algo", "naive"]
+    folder = reproduce.folder_of("ipd-naive", 4, 0)
+    (folder / "checkpoint-000003").mkdir(parents=True)
+    reproduce.make(row, 4, 0, None)
+    assert called[1] == ["aa_minimal.py", "--resume", str(folder)]
+
+
+def test_parts_that_are_not_there_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["nothing"])
+    assert "no part nothing" in capsys.readouterr().err
+    assert report("reproduce", lambda: reproduce.main(["ipd", "--list"])) == 0
+    said = capsys.readouterr().out
+    assert "python aa_minimal.py --game ipd --algo naive --seed 0" in said
+
+
+def test_a_spread_has_two_digits_or_one():
+    assert reproduce.spread([1.0, None, 2.346]) == "1.00 to 2.35"
+    assert reproduce.spread([48.26, 50]) == "48.3 to 50.0"
+    assert reproduce.spread([None]) == ""
