@@ -30,6 +30,7 @@ DEFAULTS |= dict(max_message_tokens=40, games_at_once=32)
 
 def report(program, main):
     """Run `main`; the exit code. What the user can put right ends in one line and code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack letters
     try:
         main()
         return 0
@@ -121,8 +122,7 @@ class Human(Player):  # the person at the terminal
 
 
 def legal_reply(text, choices):
-    """The one of `choices` that `text` names as a word, "" where it names none or several.
-    Without choices it is all of `text`. Thoughts are left out."""
+    """The one of `choices` that `text` names as a word, else ""; if there are none, all it says."""
     thought = r"^.*</(think\w*|thought)>|<(think|thought).*"  # perhaps without begin or end
     text = re.sub(thought, "", text, flags=re.DOTALL).strip()
     if not choices:

@@ -35,8 +35,7 @@ GOAL = {"ipd": 2.9, "trust_split": 47}  # points; falls are counted from there o
 CREDITS = ("naive", "sum", "aa", "aa_causal")
 SCRIPTED = "tit_for_tat grim cooperate defect random"
 POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half of it is self-play
-REAL = "--game ipd --model {model} --imitate 25 --rounds 5 --games 32 --group_size 32 "
-REAL += "--iterations 12 --lr 1e-4 --entropy 0.02 --buffer 0 --games_at_once 32"
+REAL = "--game ipd --model {model} --imitate 25 --micro_batch_tokens 2048"
 
 
 def over(names, flags, **more):
@@ -78,7 +77,8 @@ PARTS = {
         Row("ipd-pool", f"--game ipd {POOL}", priors=range(2)),
         Row("trust-pool", f"--game trust_split {POOL} liar", priors=range(2)),
     ],
-    "real": over(("naive", "sum", "aa", "aa_causal"), f"real {REAL}", seeds=range(1, 4)),
+    "real": over(("aa_causal", "aa"), f"real {REAL}", seeds=range(1, 4))
+    + over(("naive", "sum"), f"real {REAL} --iterations 8", seeds=range(1, 4)),
 }
 
 

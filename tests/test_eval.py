@@ -1,6 +1,7 @@
 """Cross-play against pencil and paper; agents by name; people and servers at the table."""
 
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -468,6 +469,13 @@ def test_a_person_sees_control_characters_spelled_out(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out)
     assert out.count("\\x1b[2J\\x1b]0;title\\x07 \\x9b31m \\u202edrow") >= 4
+
+
+def test_letters_that_a_terminal_lacks_are_spelled_out(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert report("eval", lambda: print("a snowman: \u2603", flush=True)) == 0
+    assert written.getvalue().strip() == b"a snowman: \\u2603"
 
 
 def test_text_is_printable_as_it_is_or_spelled_out():
