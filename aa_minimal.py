@@ -3,7 +3,7 @@
     python aa_minimal.py --game ipd                           the built-in model, minutes on a CPU
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID     QLoRA on an instruct model
 
-`train` is the algorithm, its equations are in loss.py. Unlike textbook policy gradient it has no
+`train` is the algorithm, its equations are in loss.py. Unlike PPO it has no
 critic, one step per batch (its ratios are 1), and a credit that looks at both advantages."""
 
 import argparse
@@ -32,13 +32,13 @@ TINY = dict(games=128, games_at_once=128)
 TINY_MATRIX = TINY | dict(iterations=60, group_size=16, lr=1e-3, beta=2.0)
 TINY_TRUST = TINY | dict(iterations=45, lr=5e-4, beta=3.0, snapshot_every=5)
 TINY_SPLIT = TINY | dict(iterations=40, lr=5e-4, beta=2.0)
-PRESETS = {  # what Settings has otherwise, by game: for real models, for the built-in one
+PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY_MATRIX),  # and all other games
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
 # Real models that first imitate, small ones: short games, one large group, no past selves.
-IMITATING = dict(iterations=20, rounds=5, group_size=32, games_at_once=32, buffer=0)
+IMITATING = dict(iterations=26, rounds=5, group_size=32, games_at_once=32, buffer=0)
 IMITATING |= dict(lr=1e-4, beta=6.0, entropy=0.02)
 MAY_CHANGE = ("iterations", "micro_batch_tokens", "games_at_once")  # when a run goes on
 MAY_BE_0 = ("buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
@@ -83,7 +83,7 @@ class Settings:
 
 
 def parse(argv):
-    """The Settings of a command line; defaults are in PRESETS, or in the run to resume."""
+    """The Settings of a command line; defaults are in the tables above, or in a run to resume."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("game", "model", "resume"):
         first.add_argument(f"--{name}", default=getattr(Settings, name))
@@ -296,7 +296,7 @@ def check_update(ratio, grad_norm):
     if not (np.isfinite(grad_norm) and apart < 0.3):
         problem = f"gradient norm {grad_norm:.3g}, log-probs off by {apart:.3g} on average"
         raise UserError(f"the update went wrong ({problem}); start anew with a lower --lr")
-    if ratio.log().abs().max() > np.log(4):  # 1.6 at worst is usual in 16 or 4 bits
+    if ratio.log().abs().max() > np.log(4):  # up to 1.6 is usual in 16 or 4 bits
         warn("a token's probability in the update was over 4 times off")
 
 

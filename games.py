@@ -83,7 +83,7 @@ def trust_split(rng, rounds, max_tokens):
         for seat, other in ((first, 1 - first), (1 - first, first)):
             text = f"{news[seat]}\nYour hand is {HANDS[hands[seat]]}. {heard}Send your message."
             truth = f"My hand is {HANDS[hands[seat]]}"
-            # A liar claims what beats the other's hand: while unknown, the one that beats its own.
+            # A liar claims what beats the other's hand; unknown, it is taken to beat its own.
             others_hand = (hands[seat] + 1) % 3 if claims[other] is None else claims[other]
             lie = f"My hand is {HANDS[(others_hand + 1) % 3]}"
             [reply] = yield [Turn(seat, text, None, truth, truth, lie, max_tokens)]

@@ -1,4 +1,4 @@
-"""All evidence of RESULTS.md: train what is missing, print the tables. Run by hand, from anywhere:
+"""The training runs behind the claims: make what is missing, print the tables. Run by hand:
 
     python tests/reproduce.py --list                    parts, rows and their commands
     python tests/reproduce.py ipd trust_split           these parts, two runs at a time
@@ -6,7 +6,8 @@
     python tests/reproduce.py --tables                  train nothing, print what there is
 
 Every row is one command, repeated over seeds and priors; none is left out of a table. Runs lie in
-runs/reproduce/. Stopped ones are resumed, finished ones are not made again. One thread each."""
+runs/reproduce/. Stopped ones are resumed, finished ones are not made again. One thread each. Part
+`adversaries` needs the runs of `ipd` and `trust_split`: name those parts too, or before."""
 
 import argparse
 import concurrent.futures
@@ -34,12 +35,12 @@ Row = namedtuple("Row", "name flags seeds priors kernels", defaults=[range(5), (
 GOAL = {"ipd": 2.9, "trust_split": 47}  # points; falls are counted from there on
 CREDITS = ("naive", "sum", "aa", "aa_causal")
 SCRIPTED = "tit_for_tat grim cooperate defect random"
-POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half of it is self-play
+POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half is self-play
 REAL = "--game ipd --model {model} --imitate 25 --micro_batch_tokens 2048"
 
 
 def over(names, flags, **more):
-    """A row for each of the credits `names`; {algo} in name and flags is the credit."""
+    """A row for each of the credits `names`; the first word of `flags` begins the rows' names."""
     name, rest = flags.split(" ", 1)
     return [Row(f"{name}-{a}", f"{rest} --algo {a}", **more) for a in names]
 
@@ -75,7 +76,7 @@ PARTS = {
     ],
     "pool": [
         Row("ipd-pool", f"--game ipd {POOL}", priors=range(2)),
-        Row("trust-pool", f"--game trust_split {POOL} liar", priors=range(2)),
+        Row("trust-pool", f"--game trust_split {POOL} self liar", priors=range(2)),
     ],
     "real": over(("aa_causal", "aa"), f"real {REAL}", seeds=range(1, 4))
     + over(("naive", "sum"), f"real {REAL} --iterations 8", seeds=range(1, 4)),
@@ -94,6 +95,8 @@ def command(row, seed, prior, model="DIR"):
     flags = row.flags
     for name, value in (names | {"model": model}).items():
         flags = flags.replace(f"{{{name}}}", str(value))
+    if "--model" not in flags:
+        flags += " --model tiny"
     prior = f" --prior_seed {prior}" if prior else ""
     return f"aa_minimal.py {flags} --seed {seed}{prior}"
 
@@ -186,11 +189,10 @@ def main(argv=None):
     rows = [row for part in PARTS for row in PARTS[part] if part in parts]
     if args.list:
         for row in rows:
+            kernels = f"ATEN_CPU_CAPABILITY={row.kernels} XDG_CACHE_HOME={RUNS / row.kernels} "
+            typed = command(row, row.seeds[0], row.priors[-1], args.model or "DIR")
             print(f"{row.name}: {len(row.seeds) * len(row.priors)} runs such as")
-            print(
-                "   ", f"ATEN_CPU_CAPABILITY={row.kernels}" * bool(row.kernels), "python", end=" "
-            )
-            print(command(row, row.seeds[0], row.priors[-1], args.model or "DIR"))
+            print("    " + (kernels if row.kernels else "") + "OMP_NUM_THREADS=1 python " + typed)
         return
     problems = []
     if not args.tables:

@@ -139,7 +139,7 @@ def test_parts_that_are_not_there_are_refused(capsys):
     assert "no part nothing" in capsys.readouterr().err
     assert report("reproduce", lambda: reproduce.main(["ipd", "--list"])) == 0
     said = capsys.readouterr().out
-    assert "python aa_minimal.py --game ipd --algo naive --seed 0" in said
+    assert "python aa_minimal.py --game ipd --algo naive --model tiny --seed 0" in said
 
 
 def test_a_spread_has_two_digits_or_one():
