@@ -151,6 +151,8 @@ def spread(values):
     if not values:
         return ""
     digits = 1 if max(values) >= 10 else 2
+    if all(isinstance(value, int) for value in values):
+        digits = 0
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 

@@ -145,4 +145,4 @@ def test_parts_that_are_not_there_are_refused(capsys):
 def test_a_spread_has_two_digits_or_one():
     assert reproduce.spread([1.0, None, 2.346]) == "1.00 to 2.35"
     assert reproduce.spread([48.26, 50]) == "48.3 to 50.0"
-    assert reproduce.spread([None]) == ""
+    assert reproduce.spread([None]) == "" and reproduce.spread([9, 12]) == "9 to 12"
