@@ -3,8 +3,8 @@
     python tests/plot.py curves.png runs/ipd-aa-s0 runs/ipd-aa-s1 runs/ipd-naive-s0
     python tests/plot.py --crossplay crossplay.png crossplay.json       what eval.py has written
 
-Runs that differ only in their seeds become one curve: their mean, in a band from the lowest to the
-highest."""
+Runs that differ only in seeds and length become one curve: their mean, in a band from the lowest to
+the highest."""
 
 import argparse
 import json
@@ -29,13 +29,15 @@ def new_figure(width, height):
 
 
 def group_runs(runs):
-    """Folders of runs that differ only in their seeds go together: [[folder, ...], ...].
+    """Folders of runs that differ only in seeds and length go together: [[folder, ...], ...].
     And the game that all of them play."""
     groups, games = {}, set()
     for run in runs:
         config = read_json(run, "config.json")
         games.add(config["game"])
-        settings = json.dumps(config | dict(seed=0, prior_seed=0, out=""), sort_keys=True)
+        settings = json.dumps(
+            config | dict(seed=0, prior_seed=0, out="", iterations=0), sort_keys=True
+        )
         groups.setdefault(settings, []).append(run)
     if len(games) > 1:
         raise UserError(f"these runs play {' and '.join(sorted(games))}: draw each game apart")
