@@ -4,6 +4,7 @@ import argparse
 import json
 
 import numpy as np
+import plot
 import pytest
 import reproduce
 import words
@@ -146,3 +147,43 @@ def test_a_spread_has_two_digits_or_one():
     assert reproduce.spread([1.0, None, 2.346]) == "1.00 to 2.35"
     assert reproduce.spread([48.26, 50]) == "48.3 to 50.0"
     assert reproduce.spread([None]) == "" and reproduce.spread([9, 12]) == "9 to 12"
+
+
+# ------------------------------------------------------------------------------------ the pictures
+
+
+@pytest.fixture
+def curves(tmp_path):
+    """Two runs that differ in seed and length, and one of another credit."""
+    folders = []
+    for name, algo, seed, points in (
+        ("a0", "aa", 0, [1.0, 2.0, 3.0]),
+        ("a1", "aa", 1, [2.0, 4.0]),
+        ("n0", "naive", 0, [1.0]),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"game": "ipd", "algo": algo, "seed": seed, "iterations": len(points)}
+        (folder / "config.json").write_text(json.dumps(config | {"prior_seed": 0, "out": name}))
+        lines = [{"points": p, "cooperation": None, "entropy": 0.5} for p in points]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        folders.append(str(folder))
+    return folders
+
+
+def test_runs_that_differ_in_seed_and_length_are_one_curve(curves):
+    groups, game = plot.group_runs(curves)
+    assert game == "ipd" and groups == [curves[:2], curves[2:]]
+    metrics = [plot.read_json(folder, "metrics.jsonl") for folder in curves[:2]]
+    assert plot.values_of(metrics, "points").tolist() == [[1, 2], [2, 4]]  # of the shortest
+    assert np.isnan(plot.values_of(metrics, "cooperation")).all()
+
+
+def test_a_picture_shows_means_in_bands_and_is_written(curves, tmp_path):
+    pytest.importorskip("matplotlib")
+    panel = plot.draw_curves(curves).axes[0]
+    assert panel.lines[0].get_ydata().tolist() == [1.5, 3]
+    assert [line.get_label() for line in panel.lines] == ["a0 and 1 more", "n0"]
+    picture = tmp_path / "curves.png"
+    assert report("plot", lambda: plot.main([str(picture), *curves])) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
