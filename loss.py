@@ -19,7 +19,7 @@ def returns_to_go(rewards, gamma):
 
 def advantages(returns, group, played):
     """A[b,t] = G[b,t] - mean of G[b',t] over the other games b' of the group: leave one out.
-    No critic, no division by a standard deviation. The own return in it would bias the gradient.
+    No critic, no standard deviation. A baseline with the game's own return would bias the gradient.
     returns [B, T]; group [B], int, the same for games that share a baseline; played [B, T], 1 where
     game b has a round t, else 0 -> [B, T], 0 where no other game of the group has a round t."""
     same_group = (group[:, None] == group[None, :]).to(returns.dtype)  # [B, B]

@@ -247,7 +247,7 @@ class Policy(Player):
         """One id per row of logp [n, V], with the random numbers of `keys` [n] -> [n, 1]."""
         u = torch.tensor([[self.rngs[key].random()] for key in keys], dtype=torch.float64)
         cdf = logp.double().exp().cumsum(-1)  # [n, V]
-        return torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # p > 0
+        return torch.searchsorted(cdf, u.to(cdf.device) * cdf[:, -1:], right=True)  # where p > 0
 
     def read_news(self, keys):
         """Read what is new in the conversations `keys`: hidden states [n, width] at their ends."""

@@ -1,4 +1,4 @@
-"""The scripts that are run by hand: what `words.py` says, what `reproduce.py` makes of runs."""
+"""The scripts that are run by hand: other words for a game, tables of runs, pictures."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ import pytest
 import reproduce
 import words
 
+import aa_minimal
 from eval import report
 from games import COUNTS, GAMES, Match, Scripted, play, scripted_names
 
@@ -53,7 +54,8 @@ def test_words_are_replaced_as_words_and_sentences():
 def test_choices_and_numbers_stay_what_they_are():
     turn = next(words.reworded(GAMES["ipd"].rules, words.WORDINGS["renamed"], None, 1, 0))[0]
     assert (turn.choices, turn.fair, turn.greedy) == (("J", "F"), "J", "F")
-    game = words.reworded(GAMES["trust_split"].rules, words.WORDINGS["renamed"], *[*FIRST, 1, 9])
+    rng = np.random.default_rng(0)
+    game = words.reworded(GAMES["trust_split"].rules, words.WORDINGS["renamed"], rng, 1, 9)
     next(game)
     [second] = game.send(["My hand is water"])
     assert 'The other says: "My hand is water"' in second.text
@@ -62,15 +64,10 @@ def test_choices_and_numbers_stay_what_they_are():
     assert game.send(["5", "5"]).indicators[0]["keep_upper"] in ([], [5])
 
 
-FIRST = [np.random.default_rng(0)]
-
-
 # ---------------------------------------------------------------------------------------- the rows
 
 
-def test_rows_have_names_of_their_own_and_commands_that_the_program_takes(monkeypatch):
-    import aa_minimal
-
+def test_rows_have_names_of_their_own_and_commands_that_the_program_takes():
     rows = [row for part in reproduce.PARTS.values() for row in part]
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
