@@ -119,9 +119,8 @@ def claim(message):
 
 def share(p, q):
     """What two players who keep `p` and `q` of ten get: over ten together, in proportion."""
-    if p + q <= 10:
-        return p, q
-    return 10 * p / (p + q), 10 * q / (p + q)
+    total = max(10, p + q)
+    return 10 * p / total, 10 * q / total
 
 
 def split(rng, rounds, max_tokens):
@@ -167,6 +166,8 @@ GAMES = {
 class Player:
     """Anything that can sit at a game. Every conversation has random numbers of its own."""
 
+    cache = None  # what a language model keeps of the games under way
+
     def begin(self, seed, keys):
         """Get ready for the conversations of these keys; `seed` is a list of ints."""
         self.rngs = {key: np.random.default_rng([*seed, *key]) for key in keys}
@@ -175,11 +176,8 @@ class Player:
         """Replies (list of str) to `questions`, at most one per conversation."""
         return [self.answer(question) for question in questions]
 
-    def end(self):
-        """All games are over."""
 
-
-SCRIPTS = {  # how they act; for how many rounds they answer the other's greed with greed
+SCRIPTS = {  # how they act; they are greedy if one of so many of the other's last acts was
     "cooperate": ("fair", 0),
     "defect": ("greedy", 0),
     "tit_for_tat": ("fair", 1),
@@ -190,16 +188,18 @@ SCRIPTS = {  # how they act; for how many rounds they answer the other's greed w
 
 
 class Scripted(Player):
-    """A scripted player of any game; a reply is random instead with probability `noise`."""
+    """A scripted player of any game; a reply is random instead with probability `noise`.
+    `name` may be {name: share}: one of these is drawn for every reply."""
 
     def __init__(self, name, noise=0.0):
-        (self.style, self.memory), self.noise = SCRIPTS[name], noise
+        self.shares, self.noise = {name: 1.0} if isinstance(name, str) else name, noise
 
     def answer(self, question):
-        turn, rng = question.turn, self.rngs[question.key]
-        remembered = question.history[::-1][: self.memory]
-        style = self.style
-        if any(round.fair[1 - turn.seat] is False for round in remembered):
+        turn, rng, names = question.turn, self.rngs[question.key], list(self.shares)
+        name = names[0] if len(names) == 1 else rng.choice(names, p=list(self.shares.values()))
+        style, memory = SCRIPTS[name]
+        seen = [act for r in question.history if (act := r.fair[1 - turn.seat]) is not None]
+        if memory and False in seen[-memory:]:
             style = "greedy"
         if self.noise > 0 and rng.random() < self.noise:
             style = "random"
@@ -223,8 +223,7 @@ class Match:
 
 
 def play(game, matches, seed, max_tokens, at_once=None):
-    """Play `matches` of `game` in place and in step, `at_once` of them at a time, if given. `seed`,
-    a list of ints, fixes all that is random. ValueError for points that cannot be."""
+    """Play `matches` in place, `at_once` at a time. `seed`, ints, fixes all that is random."""
     if at_once and len(matches) > at_once:
         for start in range(0, len(matches), at_once):
             play(game, matches[start : start + at_once], seed, max_tokens)
@@ -250,21 +249,14 @@ def play(game, matches, seed, max_tokens, at_once=None):
         for match in turns:
             said = [replies[match.number, turn.seat] for turn in turns[match]]
             match.log += [(turn.seat, turn.text, reply) for turn, reply in zip(turns[match], said)]
-            turns[match] = go_on(game, match, rules[match], said)
+            step = rules[match].send(said)
+            while isinstance(step, Round):  # scored, not asked
+                match.history.append(step)
+                step = next(rules[match], [])
+            turns[match] = step
         turns = {match: asked for match, asked in turns.items() if asked}
     for player in keys:
-        player.end()
-
-
-def go_on(game, match, rules, replies):
-    """Send the replies to the rules, record a scored round; the next turns, [] at the end."""
-    step = rules.send(replies)
-    while isinstance(step, Round):
-        if not (min(step.points) >= 0 and sum(step.points) <= step.best * (1 + 1e-9)):
-            raise ValueError(f"{game}: points {step.points} are not within 0 and {step.best}")
-        match.history.append(step)
-        step = next(rules, [])
-    return step
+        player.cache = None  # it is large
 
 
 def meet(game, a, b, deals, rounds, seed, max_tokens, at_once=None):
