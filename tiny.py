@@ -30,19 +30,22 @@ from games import Match, Scripted, play
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels when imported
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's calls
 # Imitation of a population of scripted players: {name: share}, chance of a random reply, rounds of
-# the longest game, training steps.
-Lesson = namedtuple("Lesson", "shares noise rounds steps")
-# What the built-in models are taught, lesson after lesson; the last one makes the prior. Hands are
-# learned first, in short games without noise; then, but not by tiny-blind, to return like for like.
+# the longest game, training steps. With `against`, one seat draws anew from `shares` for every
+# reply, and it alone is imitated; the other seat draws from `against`, without noise.
+Lesson = namedtuple("Lesson", "shares noise rounds steps against", defaults=[None])
+# What the built-in models are taught; the last lesson makes the prior. Hands are learned first, in
+# short games without noise; then, but not by tiny-blind, to return like for like.
 SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
-TRUST = {"tit_for_tat": 0.12, "cooperate": 0.7, "defect": 0.03, "liar": 0.15}
+HALF = {"cooperate": 0.5, "defect": 0.5}
+ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, HALF)
+TRUST = {"tit_for_tat": 0.33, "cooperate": 0.57, "defect": 0.02, "liar": 0.08}
 SPLIT = {"tit_for_tat": 0.15, "cooperate": 0.55, "defect": 0.3}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
-    ("tiny", "trust_split"): [SHORT, LONG, MUTUAL, Lesson(TRUST, 0.03, 10, 300)],
+    ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, HALF)],
     ("tiny", "split"): [SHORT, LONG, MUTUAL, Lesson(SPLIT, 0.05, 10, 300)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
@@ -113,8 +116,7 @@ class Framing:
 
     def render(self, chat):
         """The template's string for texts that begin with the user and are to be answered."""
-        roles = ("user", "assistant")
-        chat = [{"role": roles[n % 2], "content": text} for n, text in enumerate(chat)]
+        chat = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(chat)]
         settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
         settings |= dict(chat_template=FIXED_DATE + self.tokenizer.get_chat_template())
         return self.tokenizer.apply_chat_template(chat, date_string=DATE, **settings)
@@ -164,9 +166,8 @@ class Framing:
         """[(id, whether the assistant says it)] of a chat that begins with the user."""
         pairs = []
         for n, text in enumerate(chat):
-            replies = n % 2 == 1
-            ids = self.reply(text) if replies else self.user(text, first=n == 0)
-            pairs += [(i, replies) for i in ids]
+            ids = self.reply(text) if n % 2 else self.user(text, first=n == 0)
+            pairs += [(i, n % 2 == 1) for i in ids]
         return pairs
 
     def decode(self, ids):
@@ -191,11 +192,13 @@ def conversations(lesson, game, count, seed):
     scripts = [Scripted(name, lesson.noise) for name in lesson.shares]
     for n in range(count):
         pair = tuple(rng.choice(scripts, size=2, p=list(lesson.shares.values())))
+        if lesson.against:
+            pair = Scripted(lesson.shares, lesson.noise), Scripted(lesson.against)
         matches.append(Match(n, n, int(rng.integers(1, lesson.rounds + 1)), pair))
     play(game, matches, [seed], max_tokens=40)
     chats = []
     for match in matches:
-        for seat in (0, 1):
+        for seat in (0,) if lesson.against else (0, 1):
             chats.append([text for who, *pair in match.log if who == seat for text in pair])
     return chats
 
@@ -222,8 +225,7 @@ def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
     rng, parameters = np.random.default_rng(seed), list(parameters)
     total = sum(steps for _, steps in lessons)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
-    rise = 0.1 if total > 10 else 0.3  # share of the steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total, pct_start=rise)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(11, total), pct_start=0.1)
     for chats, steps in lessons:
         dialogues = functools.cache(lambda n, chats=chats: torch.tensor(framing.dialogue(chats[n])))
         for _ in tqdm(range(steps), desc="imitating scripted players", leave=False):

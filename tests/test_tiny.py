@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import unicodedata
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -695,6 +696,17 @@ def own_model():
         eos_token_id=None,
     )
     return transformers.LlamaForCausalLM(config)
+
+
+def test_a_lesson_against_others_is_what_one_seat_says_to_them():
+    lesson = tiny.Lesson({"tit_for_tat": 1.0}, 0.0, 3, 0, {"cooperate": 0.5, "defect": 0.5})
+    chats = tiny.conversations(lesson, "ipd", 200, seed=0)
+    assert len(chats) == 200
+    said = Counter(tuple(zip(chat[2::2], chat[3::2])) for chat in chats)
+    answers = {"The other chose A.": "A", "The other chose B.": "B"}
+    assert all(answers[heard] == reply for pairs in said for heard, reply in pairs)
+    assert len(said) == 1 + 2 + 4  # of one, two and three rounds: the others change their minds
+    assert all(chat[1] == "A" for chat in chats)
 
 
 def test_imitation_descends_the_cross_entropy_of_replies_and_their_ends(monkeypatch):
