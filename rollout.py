@@ -7,7 +7,9 @@ of the opening that all rows share, n sampled tokens, V vocabulary."""
 
 import contextlib
 import functools
+import hashlib
 import os
+import pathlib
 from collections import namedtuple
 
 import peft
@@ -88,6 +90,8 @@ class LLM:
         for i in self.framing.control - {self.framing.end}:
             self.sayable[i : i + 1] = False
         self.slice = max(16, 2**24 // V)  # rows of logits at a time in the update
+        sample = base.get_input_embeddings().weight.detach()[::100].bfloat16().contiguous()
+        self.fingerprint = hashlib.sha256(sample.cpu().view(torch.uint8).numpy()).hexdigest()
         torch.manual_seed(seed)
         config = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, task_type="CAUSAL_LM")
         config.target_modules = "all-linear"
@@ -171,9 +175,9 @@ class LLM:
         """Load the adapter in `folder` and call it `adapter`. UserError where it does not fit."""
         with user_error(f"the adapter in {folder} cannot be used", "restore it, or name another"):
             config = peft.PeftConfig.from_pretrained(folder)
-            base = config.base_model_name_or_path or ""
-            if base != self.name and "tiny-" in (base[:5], self.name[:5]):  # names with a hash
-                raise ValueError(f"it stands on {base}, which is not {self.name}")
+            base = pathlib.Path(folder, "base.txt")  # of the embedding; foreign adapters lack it
+            if base.exists() and base.read_text() != self.fingerprint:
+                raise ValueError(f"it stands on other weights than those of {self.name}")
             weights = peft.load_peft_weights(folder, device=str(self.device))
             if not all(".layers." in name for name in weights):
                 raise ValueError("it changes more than the decoder's layers")
@@ -194,11 +198,8 @@ class Policy(Player):
     def begin(self, seed, keys):
         super().begin(seed, keys)
         self.episodes.update((key, Episode([], [])) for key in keys)
+        self.cache = None
         self.rows, self.cached = {}, {}  # by key: row of the cache, number of ids in it
-        self.cache = None
-
-    def end(self):
-        self.cache = None
 
     @torch.no_grad()
     def reply(self, questions):
@@ -224,8 +225,7 @@ class Policy(Player):
                     ids, samples = self.episodes[key]
                     samples.append(Sample(len(ids), len(history), legal[key], logp[n]))
                     ids.append(drawn[n])
-        replies = [self.episodes[key].ids[starts[key] :] for key, _, _ in questions]
-        return [self.llm.framing.decode(ids) for ids in replies]
+        return [self.llm.framing.decode(self.episodes[k].ids[n:]) for k, n in starts.items()]
 
     def write_forced(self, question, start):
         """Append what leaves no choice to the reply that begins at `start`.

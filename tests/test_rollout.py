@@ -953,29 +953,21 @@ def test_an_adapter_that_changes_the_head_or_whole_modules_is_refused(how, tmp_p
     assert self_play(llm, "ipd", (1,))[0] == self_play(plain_llm(), "ipd", (1,))[0]
 
 
-@pytest.mark.parametrize(
-    "name, base, fits",
-    [
-        ("tiny-ipd-1234", "tiny-ipd-1234", True),
-        ("tiny-ipd-1234", "tiny-ipd-5678", False),
-        ("tiny-ipd-1234", "some/model", False),
-        ("some/model", "tiny-ipd-1234", False),
-        ("some/model", "elsewhere/model", True),  # it may have been moved
-        ("some/model", None, True),
-    ],
-)
-def test_an_adapter_of_another_built_in_model_is_refused(name, base, fits, tmp_path):
-    llm = LLM(random_model(tokenizer("smollm2")), tokenizer("smollm2"), 4, name=name)
-    path = save(llm, tmp_path)
-    config = json.loads(path.read_text())
-    assert config["base_model_name_or_path"] == name
-    path.write_text(json.dumps({**config, "base_model_name_or_path": base}))
-    if fits:
-        llm.load_adapter(tmp_path, "agent")
-        assert self_play(llm, "ipd", (1,), adapter="agent")[0]
-    else:
-        with pytest.raises(UserError, match="it stands on"):
-            llm.load_adapter(tmp_path, "agent")
+def test_an_adapter_is_taken_by_the_weights_it_stands_on_wherever_they_lie(tmp_path):
+    """And a foreign one, which does not say what it stands on, wherever it fits."""
+    own = tokenizer("smollm2")
+    llm = LLM(random_model(own), own, 4, name="some/model")
+    save(llm, tmp_path)
+    moved, other = LLM(random_model(own), own, 4, name="moved"), random_model(own)
+    other.get_input_embeddings().weight.data[100] += 0.1
+    other = LLM(other, own, 4, name="other")
+    for each in (moved, other):
+        each.load_adapter(tmp_path, "agent0")
+        assert self_play(each, "ipd", (1,), adapter="agent0")[0]
+    (tmp_path / "base.txt").write_text(llm.fingerprint)
+    moved.load_adapter(tmp_path, "agent1")
+    with pytest.raises(UserError, match="it stands on other weights than those of other"):
+        other.load_adapter(tmp_path, "agent1")
 
 
 def test_an_adapter_that_does_not_fit_the_model_is_a_user_error(tmp_path):
@@ -1049,6 +1041,14 @@ def test_a_model_loaded_from_a_folder_plays_as_the_one_that_was_saved(folder):
     saved = LLM(random_model(own, hidden_size=64, intermediate_size=128), own, 4)
     loaded = eval.load(folder, "none", "ipd", 4)
     assert self_play(loaded, "ipd")[0] == self_play(saved, "ipd")[0]
+
+
+def test_weights_are_known_again_in_any_number_of_bits(folder):
+    dense, quantized = (eval.load(folder, quant, "ipd", 4) for quant in ("none", "nf4"))
+    own = tokenizer("smollm2")
+    half = random_model(own, hidden_size=64, intermediate_size=128).bfloat16()
+    assert dense.fingerprint == quantized.fingerprint == LLM(half, own, 4).fingerprint
+    assert dense.fingerprint != LLM(random_model(own, hidden_size=64), own, 4).fingerprint
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a CPU only")
