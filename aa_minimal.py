@@ -1,10 +1,9 @@
 """Train a language-model agent in a social dilemma by self-play: play, credit, update, log, save.
 
-    python aa_minimal.py --game ipd                           the built-in model, minutes on a CPU
+    python aa_minimal.py --game ipd --model tiny              the built-in model, minutes on a CPU
     python aa_minimal.py --game ipd --model DIR_OR_HUB_ID     QLoRA on an instruct model
 
-`train` is the algorithm, its equations are in loss.py. Unlike PPO it has no
-critic, one step per batch (its ratios are 1), and a credit that looks at both advantages."""
+`train` is the algorithm, its equations are in loss.py: no critic, one step per batch of games."""
 
 import argparse
 import dataclasses
@@ -21,37 +20,34 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval import Api, crossplay, find_agent, load, print_crossplay, printable, read_json, report
+from eval import crossplay, failed, find_agent, load, print_crossplay, printable, read_json, report
 from games import GAMES, Match, Side, play, summarize
 from loss import CREDITS, advantages, policy_loss, returns_to_go
 from rollout import Policy, score
 from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, user_error
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
-TINY = dict(games=128, games_at_once=128)
-TINY_MATRIX = TINY | dict(iterations=60, group_size=16, lr=1e-3, beta=2.0)
-TINY_TRUST = TINY | dict(iterations=45, lr=5e-4, beta=3.0, snapshot_every=5)
-TINY_SPLIT = TINY | dict(iterations=40, lr=5e-4, beta=2.0)
+TINY_MATRIX = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
+TINY_COINS = dict(games=128, games_at_once=128, iterations=45, lr=6e-4, beta=3.0, snapshot_every=5)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY_MATRIX),  # and all other games
-    "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
-    "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
+    "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_COINS),
+    "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_COINS),
 }
-# Real models that first imitate, small ones: short games, one large group, no past selves.
-IMITATING = dict(iterations=26, rounds=5, group_size=32, games_at_once=32, buffer=0)
-IMITATING |= dict(lr=1e-4, beta=6.0, entropy=0.02)
-MAY_CHANGE = ("iterations", "micro_batch_tokens", "games_at_once")  # when a run goes on
+IMITATING = dict(iterations=26, rounds=5, group_size=32, buffer=0, lr=1e-4, beta=6.0, entropy=0.02)
+PLAIN = dict(buffer=0, entropy=0.0)  # naive and sum of real models, as published
+MAY_CHANGE = ("iterations", "model", "micro_batch_tokens", "games_at_once")  # when a run goes on
 MAY_BE_0 = ("buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
 
 
 def flag(default, help, **more):
-    """A field of Settings, of which HfArgumentParser makes a command-line flag."""
+    """A field of Settings and, by HfArgumentParser, a command-line flag."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
 @dataclasses.dataclass
 class Settings:
-    """What a run depends on. Where PRESETS has another default for the game, it holds."""
+    """What a run depends on. The tables above hold other defaults: see `parse`."""
 
     game: str = flag("trust_split", "which game", choices=list(GAMES))
     algo: str = flag("aa_causal", "credit, see loss.py", choices=list(CREDITS))
@@ -83,13 +79,14 @@ class Settings:
 
 
 def parse(argv):
-    """The Settings of a command line; defaults are in the tables above, or in a run to resume."""
+    """The Settings of a command line; of PLAIN, PRESETS and IMITATING the last that holds wins."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("game", "model", "resume"):
-        first.add_argument(f"--{name}", default=getattr(Settings, name))
-    first.add_argument("--imitate", type=int, default=0)
+    for name in ("game", "algo", "model", "imitate", "resume"):
+        default = getattr(Settings, name)
+        first.add_argument(f"--{name}", default=default, type=type(default))
     known, _ = first.parse_known_args(argv)
     real, built_in = PRESETS.get(known.game, PRESETS["matrix"])
+    real = (PLAIN if known.algo in ("naive", "sum") else {}) | real
     defaults = built_in if known.model in BUILT_IN else real | (IMITATING if known.imitate else {})
     if known.resume:
         defaults = read_json(known.resume, "config.json")
@@ -156,6 +153,7 @@ class Run:
         with user_error(f"cannot write {unfinished}", "make room, then --resume"):
             which = dict(selected_adapters=["default"], save_embedding_layers=False)
             self.llm.model.save_pretrained(unfinished, **which)
+            (unfinished / "base.txt").write_text(self.llm.fingerprint)
             torch.save(self.optimizer.state_dict(), unfinished / "optimizer.pt")
         unfinished.rename(self.folder / f"checkpoint-{self.iteration:06d}")
         for folder in older:
@@ -180,6 +178,7 @@ class Run:
             if len(lines) != self.iteration:
                 raise ValueError("lines are missing")
         write_whole(log, *lines)
+        write_whole(self.folder / "config.json", {**vars(self.settings), "resume": ""})
 
     def past_selves(self):
         """Iterations whose checkpoints are kept to play against: the newest `buffer`."""
@@ -199,6 +198,8 @@ def draw_matches(run, live):
     `live` plays itself; in half of the groups a past self; or what --opponent names."""
     settings, matches, loaded = run.settings, [], {}
     groups = settings.games // settings.group_size
+    if groups == 1 and run.past_selves() and not settings.opponent:
+        warn("one group of games is all self-play: past selves are not met")
     for g in range(groups):
         rng = np.random.default_rng([settings.seed, run.iteration, 2, g])
         rounds, opponent = settings.rounds, live
@@ -273,21 +274,18 @@ def train(run):
         line |= {"grad_norm": grad_norm, "ratio_max": ratio.max().item(), "sampled_tokens": N}
         line["tokens"] = sum(len(episode.ids) for episode in episodes)
         line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()  # rounding
-        line["seconds_play"] = played_at - start
-        line["seconds_update"] = time.perf_counter() - played_at
+        line |= dict(seconds_play=played_at - start, seconds_update=time.perf_counter() - played_at)
         self_play = [side for side in sides if len({*side.match.players}) == 1]
-        line |= summarize(sides if settings.opponent else self_play)
-        for agent in run.opponents.values():
-            if isinstance(agent, Api):
-                line[f"{agent.name} failed, turns"] = [agent.failed, agent.turns]
+        line |= summarize(sides if settings.opponent else self_play) | failed(run.opponents)
         with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if iteration % 10 == 0 or run.iteration == total:
             write_transcript(run, iteration, matches, live)
         run.save()
-        if line["zero_credit"] == 1 or line["entropy"] < 1e-6:
+        if line["zero_credit"] == 1 or line["entropy"] < 1e-6 or grad_norm < 1e-7:
             warn("nothing to learn from: games of a group ended alike, or nothing is explored")
-        bar.set_postfix(points=line["points"], entropy=line["entropy"], refresh=False)
+        shown = {name: line[name] for name in ("points", "entropy", *failed(run.opponents))}
+        bar.set_postfix(shown, refresh=False)
 
 
 def check_update(ratio, grad_norm):
@@ -315,8 +313,8 @@ def write_transcript(run, iteration, matches, live):
             lines.append(f"PLAYER {seat + 1}: {printable(reply)}\n")
         points = ["{:.1f} {:.1f}".format(*round.points) for round in match.history]
         lines.append(f"points by round: {', '.join(points)}\n\n")
-    text = "\n".join(lines)
-    (run.folder / f"transcript-{iteration:06d}.txt").write_text(text, encoding="utf-8")
+    path = run.folder / f"transcript-{iteration:06d}.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def main(argv=None):
@@ -331,8 +329,8 @@ def main(argv=None):
         results = crossplay(settings.game, agents, deals, settings.rounds, seed, *limits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on") from None
-    write_whole(run.folder / "summary.json", results)
-    print_crossplay(settings.game, results)
+    write_whole(run.folder / "summary.json", results | {"failed": failed(run.opponents)})
+    print_crossplay(settings.game, results, run.opponents)
     print(f"\nEverything is in {run.folder}; transcript-*.txt there are whole games")
 
 

@@ -19,10 +19,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import tiny
 from games import GAMES, Player, Scripted, meet, scripted_names, summarize
 from rollout import LLM, Policy
-from tiny import BUILT_IN, UserError, user_error
+from tiny import BUILT_IN, UserError, load_built_in, user_error
 
 DEFAULTS = dict(game="trust_split", model="tiny", quant="auto", prior_seed=0, rounds=10)
 DEFAULTS |= dict(max_message_tokens=40, games_at_once=32)
@@ -46,14 +45,13 @@ def report(program, main):
 
 
 def read_json(folder, name):
-    """The dicts in a run's .jsonl file, or the one of its .json file. UserError if damaged."""
+    """The dict in a run's .json file, or those of a .jsonl file, but for half a line at its end."""
     path = os.path.join(folder, name)
     with user_error(f"{path} is missing or damaged", "restore it, or name another folder"):
         text = pathlib.Path(path).read_text(encoding="utf-8")
         if name.endswith(".json"):
             return dict(json.loads(text))
-        lines = text.split("\n")[:-1]  # a run that was killed may leave half a line
-        return [dict(json.loads(line)) for line in lines]
+        return [dict(json.loads(line)) for line in text.split("\n")[:-1]]
 
 
 def print_table(title, header, rows):
@@ -61,31 +59,38 @@ def print_table(title, header, rows):
     width = max((len(row[0]) for row in rows), default=0)
     print(f"\n{title}\n\n" + " " * width, *(name.rjust(10) for name in header))
     for first, *cells in rows:
-        cells = ["-" if cell is None else cell for cell in cells]
-        cells = [cell if isinstance(cell, str) else f"{cell:.2f}" for cell in cells]
+        cells = ["-" if c is None else c if isinstance(c, str) else f"{c:.2f}" for c in cells]
         print(first.ljust(width), *(cell.rjust(max(10, len(n))) for n, cell in zip(header, cells)))
 
 
 def load(name, quant, game, lora_rank=8, seed=0, prior_seed=0):
     """The LLM `name` with a fresh adapter that `seed` fixes. UserError for what cannot be had.
-    quant: "nf4", 4 bits; "auto", 4 bits on a GPU; else float32 on a CPU, bfloat16 on a GPU."""
+    quant: "nf4", 4 bits; "none", float32, or bfloat16 on a GPU; "auto", on a GPU what fits."""
     if name in BUILT_IN:
-        base, tokenizer = tiny.load_built_in(name, game, prior_seed)
+        base, tokenizer = load_built_in(name, game, prior_seed)
         return LLM(base, tokenizer, lora_rank, seed, os.path.basename(base.name_or_path))
     on_gpu = torch.cuda.is_available()
     has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if has_bfloat16 else torch.float32
     print(f"loading {name} in {dtype} ...", flush=True)
     how = dict(dtype=dtype, device_map="cuda" if on_gpu else "cpu")
-    if quant == "nf4" or (quant == "auto" and on_gpu):
-        nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-        how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
     with user_error(f"cannot load {name}", "give a folder, a hub id in reach, or --model tiny"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if (bits_that_fit(name) if quant == "auto" and on_gpu else quant) == "nf4":
+            nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
         base = transformers.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)
     for module in base.modules():
         module.support_avx512bf16_for_cpu = False  # in bitsandbytes, it would cost the gradient
     return LLM(base, tokenizer, lora_rank, seed, name)
+
+
+def bits_that_fit(name):
+    """The `quant` "none" where 16 bits take up to a third of the GPU, else "nf4"."""
+    config = transformers.AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        size = 2 * transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    return "none" if 3 * size < torch.cuda.get_device_properties(0).total_memory else "nf4"
 
 
 def find_agent(name, game, llm):
@@ -145,7 +150,7 @@ def legal_reply(text, choices):
 
 
 class Api(Player):
-    """A chat model behind an OpenAI-compatible server; `failed` of its `turns` got no reply."""
+    """A chat model behind an OpenAI-compatible server; `failed` of its `turns` were useless."""
 
     def __init__(self, model):
         with user_error(f"api:{model} cannot be asked", "pip install openai, set OPENAI_API_KEY"):
@@ -153,9 +158,7 @@ class Api(Player):
 
             self.at_once = int(os.environ.get("API_AT_ONCE", 4))  # requests
             self.spare_tokens = int(os.environ.get("API_SPARE_TOKENS", 16))  # to reason with
-            timeout = float(os.environ.get("API_TIMEOUT", 120))  # seconds a reply may take
-            self.client, self.lost = openai.OpenAI(timeout=timeout), openai.APIConnectionError
-            self.errors = (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError)
+            self.client = openai.OpenAI(timeout=float(os.environ.get("API_TIMEOUT", 120)))
         self.name, self.model, self.limit = f"api:{model}", model, "max_tokens"
         self.turns, self.failed, self.trouble = 0, 0, ""  # `trouble`: why a turn failed last
 
@@ -170,16 +173,16 @@ class Api(Player):
             replies = list(pool.map(self.answer, questions))
         finally:
             pool.shutdown(cancel_futures=True)
-        failed = replies.count("")
-        if failed == len(replies):
-            problem = f"gave no legal reply in {failed} turns ({self.trouble})"
+        missing = replies.count("")
+        if missing == len(replies):
+            problem = f"gave no legal reply in {missing} turns ({self.trouble})"
             raise UserError(f"{self.name} {problem}; choose another model or server")
-        self.turns, self.failed = self.turns + len(replies), self.failed + failed
+        self.turns, self.failed = self.turns + len(replies), self.failed + missing
+        self.trouble = self.trouble if self.failed else ""  # not of what a second try put right
         for n, (key, turn, _) in enumerate(questions):
             if replies[n] == "" and turn.choices:
                 replies[n] = str(self.rngs[key].choice(turn.choices))
-            content = replies[n] or "..."  # some servers refuse empty messages
-            self.chats[key].append({"role": "assistant", "content": content})
+            self.chats[key].append(dict(role="assistant", content=replies[n] or "..."))  # not empty
         return replies
 
     def answer(self, question):
@@ -207,16 +210,22 @@ class Api(Player):
             if not content:
                 self.trouble = "an empty reply"
             return (content or "").encode(errors="replace").decode()
-        except self.errors as error:  # what a server sends may be anything
-            words = " ".join(str(error).split())[:200]
-            self.trouble = words.replace(self.client.api_key, "KEY")
-            kinds = {getattr(error, "status_code", 0), getattr(error, "code", ""), type(error)}
-            if kinds & {401, 402, 403, 404, "insufficient_quota", self.lost}:
+        except Exception as error:  # what a server sends may be anything
+            words = " ".join(str(error).replace(self.client.api_key, "KEY").split())[:200]
+            self.trouble = printable(words)
+            kinds = {getattr(error, "status_code", type(error).__name__), getattr(error, "code", 0)}
+            if kinds & {401, 402, 403, 404, "insufficient_quota", "APIConnectionError"}:
                 problem = f"{self.name} is refused or out of reach ({self.trouble})"
                 raise UserError(f"{problem}; check OPENAI_BASE_URL, key and name") from None
             if "max_completion_tokens" in words:  # what newer servers call it
                 self.limit = "max_completion_tokens"
         return ""
+
+
+def failed(agents):
+    """{name of an API model of `agents` {name: Player}: how many of its turns failed, and why}."""
+    apis = {name: player for name, player in agents.items() if isinstance(player, Api)}
+    return {n: f"{a.failed} of {a.turns} turns failed {a.trouble}".strip() for n, a in apis.items()}
 
 
 def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
@@ -233,8 +242,8 @@ def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
     return results
 
 
-def print_crossplay(game, results):
-    """Print the results of `crossplay`."""
+def print_crossplay(game, results, players):
+    """Print the results of `crossplay`, and how often an API model of `players` failed."""
     agents, headline = list(results), GAMES[game].headline
     others = list(dict.fromkeys(b for a in agents for b in results[a]))
     rows = [[a, *(results[a].get(b, {}).get("points") for b in others)] for a in agents]
@@ -251,6 +260,8 @@ def print_crossplay(game, results):
     keys = [key for key in max(seen.values(), key=len) if "_after_" not in key]
     rows = [[key, *(seen[a].get(key) for a in agents)] for key in keys]
     print_table("What it does against a random player", agents, rows)
+    for name, turns in failed(players).items():
+        print(f"\n{name}: {turns}")
 
 
 def parse(argv):
@@ -289,7 +300,7 @@ def main(argv=None):
         if is_ours and llm is None:
             llm = load(args.model, args.quant, args.game, prior_seed=args.prior_seed)
         label = os.path.basename(os.path.normpath(name)) if is_ours else name
-        if label in agents:
+        if label in agents or (is_ours and label in scripted_names(args.game)):
             raise UserError(f"two agents are called {label}: name each once")
         agents[label] = find_agent(name, args.game, llm)
     at_once = 1 if "human" in agents else args.games_at_once
@@ -297,10 +308,7 @@ def main(argv=None):
     results = crossplay(args.game, agents, *size)
     text = json.dumps({"settings": vars(args), "results": results}, indent=1)
     pathlib.Path(args.out).write_text(text, encoding="utf-8")
-    print_crossplay(args.game, results)
-    for name, api in agents.items():
-        if isinstance(api, Api):
-            print(f"\n{name}: {api.failed} of {api.turns} turns without a legal reply", api.trouble)
+    print_crossplay(args.game, results, agents)
     print(f"\nThe numbers are in {args.out}")
 
 

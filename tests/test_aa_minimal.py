@@ -36,6 +36,7 @@ from aa_minimal import (
 )
 from eval import report
 from games import GAMES, Game, Match, Round, Scripted, Side, matrix_game
+from loss import CREDITS
 from rollout import Policy
 
 ROOT = pathlib.Path(aa_minimal.__file__).parent
@@ -383,7 +384,6 @@ def test_a_run_that_is_done_can_be_resumed_and_stays_as_it_is(copied, undisturbe
         ["--lr", "1"],
         ["--game", "chicken"],
         ["--algo", "naive"],
-        ["--model", "tiny-blind"],
         ["--iterations", "5"],
         ["--opponent", "defect"],
         ["--out", "elsewhere"],
@@ -611,6 +611,23 @@ def of_another_prior(tmp_path, hasty, monkeypatch):
     return tmp_path / "other"
 
 
+@pytest.mark.parametrize("other, more", [("tiny-blind", 1), ("a folder", 1), ("a folder", 0)])
+def test_a_run_goes_on_with_the_same_weights_in_another_place_only(copied, capsys, other, more):
+    base, tokenizer = tiny.load_built_in("tiny", "ipd", 0)
+    base.save_pretrained(copied.parent / "moved")
+    tokenizer.save_pretrained(copied.parent / "moved")
+    place = copied.parent / "moved" if other == "a folder" else other
+    before = files(copied)
+    code = main("--resume", copied, "--model", place, "--iterations", LENGTH + more)
+    if other == "a folder":
+        assert code == 0 and len(metrics(copied)) == LENGTH + more
+        assert json.loads((copied / "config.json").read_text())["model"] == str(place)
+    else:
+        error = error_lines(capsys.readouterr().err)[-1]
+        assert code == 2 and "other weights" in error and str(copied) in error
+        assert files(copied) == before
+
+
 def test_an_adapter_of_another_model_is_refused(of_another_prior, copied, capsys):
     capsys.readouterr()
     flags = ["--out", copied.parent / "new", "--opponent", of_another_prior]
@@ -619,7 +636,7 @@ def test_an_adapter_of_another_model_is_refused(of_another_prior, copied, capsys
     assert str(of_another_prior) in error and "stands on" in error
     assert not (copied.parent / "new").exists()
 
-    for name in CHECKPOINT_FILES[:2]:
+    for name in (*CHECKPOINT_FILES[:2], "base.txt"):
         shutil.copy(newest(of_another_prior) / name, newest(copied) / name)
     before = files(copied)
     assert main("--resume", copied, "--iterations", LENGTH + 1) == 2
@@ -881,6 +898,28 @@ def test_games_that_teach_nothing_are_warned_of_once(tmp_path, monkeypatch, caps
     assert [line["zero_credit"] for line in metrics(tmp_path / "run")] == [1, 1, 1]
 
 
+def test_a_policy_that_a_large_step_made_uniform_is_warned_of(tmp_path, monkeypatch, capsys):
+    aa_minimal.warn.cache_clear()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(0.0))
+    assert main(*LEAST, "--iterations", 1, "--out", tmp_path / "run") == 0
+    assert "nothing to learn from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--games", 4, "--group_size", 4], True),
+        (["--games", 4, "--group_size", 2], False),
+        (["--games", 4, "--group_size", 4, "--buffer", 0], False),
+        (["--games", 4, "--group_size", 4, "--opponent", "defect"], False),
+    ],
+)
+def test_one_group_that_meets_no_past_selves_is_told_of(tmp_path, capsys, flags, told):
+    aa_minimal.warn.cache_clear()
+    assert main(*LEAST, *flags, "--iterations", 1, "--out", tmp_path / "run") == 0
+    assert ("past selves are not met" in capsys.readouterr().err) == told
+
+
 def test_running_out_of_memory_names_what_to_lower(tmp_path, monkeypatch, capsys):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -923,6 +962,19 @@ def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_p
         patch.setattr(aa_minimal, "imitate", None)  # when a run goes on it is not called
         again = Run(parse(["--resume", str(folder)]))
     assert said_by_a_defector(again) == pytest.approx(said)
+
+
+def test_real_naive_and_joint_learners_have_no_past_selves_and_no_bonus_as_published():
+    """The built-in model's credits differ in nothing else."""
+    for algo in CREDITS:
+        real = ["--game", "ipd", "--model", "some/model", "--algo", algo]
+        plain = (parse(real).buffer, parse(real).entropy) == (0, 0)
+        assert plain == (algo in ("naive", "sum"))
+        assert parse([*real, "--buffer", "5"]).buffer == 5
+        built_in = vars(parse([*TINY, "--algo", algo]))
+        assert built_in == vars(parse(TINY)) | {"algo": algo}
+        imitating = vars(parse([*real, "--imitate", "25"]))
+        assert imitating["entropy"] == aa_minimal.IMITATING["entropy"]
 
 
 def test_real_models_that_imitate_have_settings_of_their_own():

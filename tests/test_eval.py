@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import aa_minimal
 import eval as evaluation
@@ -23,7 +25,9 @@ import tiny
 from eval import (
     Api,
     Human,
+    bits_that_fit,
     crossplay,
+    failed,
     find_agent,
     legal_reply,
     load,
@@ -89,7 +93,7 @@ def trained(tmp_path_factory):
     """The folder of a run that has learned to defect. Tests only read it."""
     folder = tmp_path_factory.mktemp("trained") / "defector"
     flags = "--game ipd --model tiny --algo naive --games 32 --group_size 8 --rounds 4 --lr 0.01"
-    flags += f" --iterations 8 --out {folder}"
+    flags += f" --iterations 8 --buffer 9 --out {folder}"
     assert report("aa_minimal", lambda: aa_minimal.main(flags.split())) == 0
     return folder
 
@@ -279,13 +283,11 @@ def test_a_server_without_a_key_is_refused_in_one_line(monkeypatch):
 
 def test_an_adapter_of_another_model_is_refused(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
-    path = tmp_path / "run" / "checkpoint-000008" / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = "tiny-ipd-0123456789abcdef"
-    path.write_text(json.dumps(config))
+    path = tmp_path / "run" / "checkpoint-000008" / "base.txt"
+    path.write_text("0123456789abcdef")
     assert main(tmp_path / "run", "--out", tmp_path / "out.json") == 2
     error = capsys.readouterr().err.strip()
-    assert "stands on tiny-ipd-0123456789abcdef" in error and "\n" not in error
+    assert "stands on other weights than those of tiny-ipd-" in error and "\n" not in error
     assert not (tmp_path / "out.json").exists()
 
 
@@ -571,7 +573,7 @@ def test_a_server_that_answers_well_is_taken_at_its_word(tmp_path, server, capsy
     server.answer = 200, completion(" B\n")
     results = evaluate(tmp_path, *ASK)["results"]
     assert points(results, ["api:m"], ["api:m", "cooperate", "defect"]) == [[1, 5, 1]]
-    assert f"api:m: 0 of {TURNS} turns without a legal reply" in capsys.readouterr().out
+    assert f"api:m: 0 of {TURNS} turns failed" in capsys.readouterr().out
     assert len(server.asked) == TURNS
     for sent in server.asked:
         assert (sent["model"], sent["max_tokens"]) == ("m", 8 + 16)
@@ -665,7 +667,7 @@ def test_some_useless_replies_are_asked_for_thrice_then_replaced_and_counted(
     results = evaluate(tmp_path, *ASK)["results"]
     assert 0 <= results["api:m"]["cooperate"]["points"] <= 5
     shown = capsys.readouterr()
-    assert f"api:m: {TURNS // 2} of {TURNS} turns without a legal reply" in shown.out
+    assert f"api:m: {TURNS // 2} of {TURNS} turns failed" in shown.out
     assert KEY not in shown.out + shown.err
     assert len(server.asked) == (3 + 1) * TURNS // 2
 
@@ -673,10 +675,12 @@ def test_some_useless_replies_are_asked_for_thrice_then_replaced_and_counted(
 def test_an_illegal_reply_is_told_so_and_the_correction_is_not_kept(server):
     said = iter(["both", "B", "A"])
     server.answer = lambda: (200, completion(next(said)))
-    match = Match(0, 0, 2, (Api("m"), Scripted("cooperate")))
+    player = Api("m")
+    match = Match(0, 0, 2, (player, Scripted("cooperate")))
     play("ipd", [match], [0], 0)
     assert [tuple(round.points) for round in match.history] == [(5, 0), (3, 3)]
     asked = [[message["content"] for message in sent["messages"]] for sent in server.asked]
+    assert failed({"m": player}) == {"m": "0 of 2 turns failed"}
     rules = asked[0][0]
     assert asked[1][:2] == [rules, "both"] and "not one legal reply" in asked[1][2]
     assert asked[2] == [rules, "B", "The other chose A."]
@@ -851,3 +855,61 @@ def test_a_refusal_ends_in_one_line_that_does_not_show_the_key(tmp_path, server,
     assert error.startswith("eval: api:m is refused") and str(status) in error
     assert KEY not in shown.out + shown.err and "Traceback" not in shown.err
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A built-in model that has hardly learned anything, but is there in a few seconds."""
+    short = [tiny.LESSONS["tiny", "matrix"][-1]._replace(rounds=2, steps=1)]
+    monkeypatch.setitem(tiny.LESSONS, ("tiny", "matrix"), short)
+
+
+def test_training_counts_the_turns_of_a_server_that_failed_wherever_it_reports(
+    tmp_path, server, capsys, hasty, monkeypatch
+):
+    monkeypatch.setenv("API_AT_ONCE", "1")
+    server.answer = lambda: (200, completion("both" if len(server.asked) % 4 else "A"))
+    flags = "--game ipd --model tiny --games 4 --group_size 2 --rounds 1 --iterations 2"
+    argv = [*flags.split(), "--opponent", "api:m", "--out", str(tmp_path / "run")]
+    assert report("aa_minimal", lambda: aa_minimal.main(argv)) == 0
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    seen = [json.loads(line)["api:m"] for line in text.splitlines()]
+    assert seen == [f"{n} of {2 * n} turns failed 'both' is no legal reply" for n in (2, 4)]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["failed"] == {"api:m": seen[-1]}
+    shown = capsys.readouterr()
+    assert "api:m=4 of 8 turns failed" in shown.err and f"api:m: {seen[-1]}" in shown.out
+
+
+def test_a_run_is_not_called_as_a_scripted_player(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained, tmp_path / "grim")
+    monkeypatch.chdir(tmp_path)
+    assert main("./grim") == 2
+    assert "two agents are called grim" in capsys.readouterr().err
+
+
+def test_what_a_server_writes_in_an_error_is_spelled_out_and_without_the_key(server):
+    server.answer = 400, json.dumps({"error": {"message": "x" * 140 + f"\x1b[2J{KEY}"}})
+    with pytest.raises(tiny.UserError) as told:
+        play("ipd", [Match(0, 0, 1, (Api("m"), Scripted("cooperate")))], [0], 0)
+    assert "\x1b" not in str(told.value) and KEY[:8] not in str(told.value)
+
+
+@pytest.mark.parametrize("gigabytes, quant", [(7.9, "nf4"), (24, "none")])
+def test_a_gpu_holds_16_bits_where_they_take_up_to_a_third_of_it(
+    tmp_path, monkeypatch, gigabytes, quant
+):
+    """Sizes as of Qwen2.5-1.5B: 1.54e9 weights, the embedding is the head, too."""
+    config = transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    config.save_pretrained(tmp_path)
+    card = types.SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: card)
+    assert bits_that_fit(tmp_path) == quant
