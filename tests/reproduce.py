@@ -6,8 +6,9 @@
     python tests/reproduce.py --tables                  train nothing, print what there is
 
 Every row is one command, repeated over seeds and priors; none is left out of a table. Runs lie in
-runs/reproduce/. Stopped ones are resumed, finished ones are not made again. One thread each. Part
-`adversaries` needs the runs of `ipd` and `trust_split`: name those parts too, or before."""
+runs/reproduce/. Stopped ones are resumed, finished ones are not made again. One thread each. Parts
+`adversaries` and `strangers` need the runs of `ipd` and `trust_split`: name those too, or before.
+`strangers` trains nothing: the agents of all seeds meet each other (eval.py)."""
 
 import argparse
 import concurrent.futures
@@ -37,6 +38,9 @@ CREDITS = ("naive", "sum", "aa", "aa_causal")
 SCRIPTED = "tit_for_tat grim cooperate defect random"
 POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half is self-play
 REAL = "--game ipd --model {model} --imitate 25 --micro_batch_tokens 2048"
+
+
+STRANGERS = ("ipd-aa_causal", "ipd-aa", "trust-aa_causal", "trust-aa")  # rows, on prior 0
 
 
 def over(names, flags, **more):
@@ -175,17 +179,34 @@ def table(rows):
         print(f"| {label} | {count} | " + " | ".join(values[c][n] for c in columns) + " |")
 
 
+def introduce(row):
+    """Let the finished runs of a row, one per seed, play each other; a line of Markdown, or ""."""
+    runs = [folder_of(row, seed, 0) for seed in range(5)]
+    out = RUNS / f"strangers-{row}.json"
+    if not out.exists():
+        if not all((run / "summary.json").exists() for run in runs):
+            return f"| `{row}` | runs are missing | |"
+        words = ["eval.py", *map(str, runs), "--games", "32", "--out", str(out)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, capture_output=True)
+    results = read_json(RUNS, out.name)["results"]
+    apart = [results[a][b]["points"] for a in results for b in results if a != b]
+    same = [results[a][a]["points"] for a in results]
+    return f"| `{row}` | {spread(same)} | {spread(apart)} |"
+
+
 def main(argv=None):
+    names = [*PARTS, "strangers"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(names))
     parser.add_argument("--model", help="folder of the real model, SmolLM2-135M-Instruct")
     parser.add_argument("--at_once", type=int, default=2, help="runs at a time")
     parser.add_argument("--list", action="store_true", help="print the commands only")
     parser.add_argument("--tables", action="store_true", help="print the tables only")
     args = parser.parse_args(argv)
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part {min(unknown)}; there are {', '.join(PARTS)}")
-    parts = args.parts or [part for part in PARTS if part != "real" or args.model]
+    if unknown := set(args.parts) - set(names):
+        parser.error(f"no part {min(unknown)}; there are {', '.join(names)}")
+    parts = args.parts or [part for part in names if part != "real" or args.model]
     if "real" in parts and not (args.model or args.list or args.tables):
         parser.error("the part real needs --model DIR")
     rows = [row for part in PARTS for row in PARTS[part] if part in parts]
@@ -204,7 +225,11 @@ def main(argv=None):
             problems = [line for line in tqdm(done, total=len(jobs), desc="runs") if line]
     for part in parts:
         print(f"\n## {part}\n")
-        table(PARTS[part])
+        if part == "strangers":
+            print("| agents of seeds 0 to 4 | points with itself | with another |\n|---|---|---|")
+            print("\n".join(introduce(row) for row in STRANGERS))
+        else:
+            table(PARTS[part])
     if problems:
         raise UserError(f"{len(problems)} runs failed, the first one {problems[0]}")
 
