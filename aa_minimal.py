@@ -178,7 +178,6 @@ class Run:
             if len(lines) != self.iteration:
                 raise ValueError("lines are missing")
         write_whole(log, *lines)
-        write_whole(self.folder / "config.json", {**vars(self.settings), "resume": ""})
 
     def past_selves(self):
         """Iterations whose checkpoints are kept to play against: the newest `buffer`."""
@@ -313,8 +312,7 @@ def write_transcript(run, iteration, matches, live):
             lines.append(f"PLAYER {seat + 1}: {printable(reply)}\n")
         points = ["{:.1f} {:.1f}".format(*round.points) for round in match.history]
         lines.append(f"points by round: {', '.join(points)}\n\n")
-    path = run.folder / f"transcript-{iteration:06d}.txt"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    (run.folder / f"transcript-{iteration:06d}.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
 def main(argv=None):
@@ -329,6 +327,7 @@ def main(argv=None):
         results = crossplay(settings.game, agents, deals, settings.rounds, seed, *limits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on") from None
+    write_whole(run.folder / "config.json", {**vars(settings), "resume": ""})
     write_whole(run.folder / "summary.json", results | {"failed": failed(run.opponents)})
     print_crossplay(settings.game, results, run.opponents)
     print(f"\nEverything is in {run.folder}; transcript-*.txt there are whole games")

@@ -179,8 +179,8 @@ class LLM:
             if base.exists() and base.read_text() != self.fingerprint:
                 raise ValueError(f"it stands on other weights than those of {self.name}")
             weights = peft.load_peft_weights(folder, device=str(self.device))
-            if not all(".layers." in name for name in weights):
-                raise ValueError("it changes more than the decoder's layers")
+            if not config.peft_type or not all(".layers." in name for name in weights):
+                raise ValueError("it is no adapter of the decoder's layers alone")
             if adapter not in self.model.peft_config:
                 self.model.add_adapter(adapter, config)
             result = peft.set_peft_model_state_dict(self.model, weights, adapter)

@@ -230,7 +230,7 @@ def test_a_run_writes_settings_metrics_transcripts_and_a_summary(undisturbed):
     config = json.loads((undisturbed / "config.json").read_text())
     assert (config["game"], config["iterations"], config["lr"]) == ("ipd", LENGTH, 0.01)
     summary = json.loads((undisturbed / "summary.json").read_text())
-    assert set(summary) == {"untrained", "trained"}
+    assert set(summary) == {"untrained", "trained", "failed"} and not summary["failed"]
     assert set(summary["trained"]) > {"untrained", "trained", "random", "grim"}
     names = [path.name for path in sorted(undisturbed.glob("transcript-*"))]
     assert names == [f"transcript-{n:06d}.txt" for n in (0, 10, LENGTH - 1)]
