@@ -35,7 +35,7 @@ PRESETS = {  # defaults in place of those of Settings: (of real models, of the b
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_COINS),
 }
 IMITATING = dict(iterations=26, rounds=5, group_size=32, buffer=0, lr=1e-4, beta=6.0, entropy=0.02)
-PLAIN = dict(buffer=0, entropy=0.0)  # naive and sum of real models, as published
+NAIVE_AND_SUM = dict(buffer=0, entropy=0.0)  # of real models, as published
 MAY_CHANGE = ("iterations", "model", "micro_batch_tokens", "games_at_once")  # when a run goes on
 MAY_BE_0 = ("buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
 
@@ -79,14 +79,14 @@ class Settings:
 
 
 def parse(argv):
-    """The Settings of a command line; of PLAIN, PRESETS and IMITATING the last that holds wins."""
+    """The Settings of a command line; of NAIVE_AND_SUM, PRESETS, IMITATING the last wins."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("game", "algo", "model", "imitate", "resume"):
         default = getattr(Settings, name)
         first.add_argument(f"--{name}", default=default, type=type(default))
     known, _ = first.parse_known_args(argv)
     real, built_in = PRESETS.get(known.game, PRESETS["matrix"])
-    real = (PLAIN if known.algo in ("naive", "sum") else {}) | real
+    real = (NAIVE_AND_SUM if known.algo in ("naive", "sum") else {}) | real
     defaults = built_in if known.model in BUILT_IN else real | (IMITATING if known.imitate else {})
     if known.resume:
         defaults = read_json(known.resume, "config.json")
@@ -275,7 +275,8 @@ def train(run):
         line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()  # rounding
         line |= dict(seconds_play=played_at - start, seconds_update=time.perf_counter() - played_at)
         self_play = [side for side in sides if len({*side.match.players}) == 1]
-        line |= summarize(sides if settings.opponent else self_play) | failed(run.opponents)
+        failures = failed(run.opponents)
+        line |= summarize(sides if settings.opponent else self_play) | failures
         with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if iteration % 10 == 0 or run.iteration == total:
@@ -283,8 +284,7 @@ def train(run):
         run.save()
         if line["zero_credit"] == 1 or line["entropy"] < 1e-6 or grad_norm < 1e-7:
             warn("nothing to learn from: games of a group ended alike, or nothing is explored")
-        shown = {name: line[name] for name in ("points", "entropy", *failed(run.opponents))}
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix(failures, points=line["points"], entropy=line["entropy"], refresh=False)
 
 
 def check_update(ratio, grad_norm):
@@ -327,7 +327,7 @@ def main(argv=None):
         results = crossplay(settings.game, agents, deals, settings.rounds, seed, *limits)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"python aa_minimal.py --resume {run.folder} goes on") from None
-    write_whole(run.folder / "config.json", {**vars(settings), "resume": ""})
+    write_whole(run.folder / "config.json", {**vars(settings), "resume": ""})  # a new --model
     write_whole(run.folder / "summary.json", results | {"failed": failed(run.opponents)})
     print_crossplay(settings.game, results, run.opponents)
     print(f"\nEverything is in {run.folder}; transcript-*.txt there are whole games")

@@ -46,7 +46,7 @@ def report(program, main):
 
 
 def read_json(folder, name):
-    """The dict in a run's .json file, or those of a .jsonl file, but for half a line at its end."""
+    """The dict of a .json file; those of a .jsonl, less half a line at its end. Or a UserError."""
     path = os.path.join(folder, name)
     with user_error(f"{path} is missing or damaged", "restore it, or name another folder"):
         text = pathlib.Path(path).read_text(encoding="utf-8")
@@ -77,7 +77,8 @@ def load(name, quant, game, lora_rank=8, seed=0, prior_seed=0):
     how = dict(dtype=dtype, device_map="cuda" if on_gpu else "cpu")
     with user_error(f"cannot load {name}", "give a folder, a hub id in reach, or --model tiny"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        if (bits_that_fit(name) if quant == "auto" and on_gpu else quant) == "nf4":
+        quant = bits_that_fit(name) if quant == "auto" and on_gpu else quant
+        if quant == "nf4":
             nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
             how["quantization_config"] = transformers.BitsAndBytesConfig(**nf4)
         base = transformers.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **how)

@@ -76,7 +76,7 @@ class PlayCache(transformers.Cache):
 
 
 class LLM:
-    """A causal language model with its adapters, of which "default" learns."""
+    """A causal language model and its adapters; "default" learns. fingerprint: of the embedding."""
 
     def __init__(self, base, tokenizer, lora_rank=8, seed=0, name="tiny"):
         self.base, self.tokenizer, self.name = base.eval(), tokenizer, name
@@ -198,8 +198,7 @@ class Policy(Player):
     def begin(self, seed, keys):
         super().begin(seed, keys)
         self.episodes.update((key, Episode([], [])) for key in keys)
-        self.cache = None
-        self.rows, self.cached = {}, {}  # by key: row of the cache, number of ids in it
+        self.cache, self.rows, self.cached = None, {}, {}  # by key: row in it, number of ids in it
 
     @torch.no_grad()
     def reply(self, questions):

@@ -183,12 +183,16 @@ def introduce(row):
     """Let the finished runs of a row, one per seed, play each other; a line of Markdown, or ""."""
     runs = [folder_of(row, seed, 0) for seed in range(5)]
     out = RUNS / f"strangers-{row}.json"
-    if not out.exists():
-        if not all((run / "summary.json").exists() for run in runs):
-            return f"| `{row}` | runs are missing | |"
+    finished = [run / "summary.json" for run in runs]
+    if not all(path.exists() for path in finished):
+        return f"| `{row}` | runs are missing | |"
+    made = out.stat().st_mtime if out.exists() else 0
+    if made < max(path.stat().st_mtime for path in finished):  # they were made anew since
         words = ["eval.py", *map(str, runs), "--games", "32", "--out", str(out)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *words], cwd=ROOT, env=env, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL
+        )
     results = read_json(RUNS, out.name)["results"]
     apart = [results[a][b]["points"] for a in results for b in results if a != b]
     same = [results[a][a]["points"] for a in results]

@@ -898,7 +898,7 @@ def test_games_that_teach_nothing_are_warned_of_once(tmp_path, monkeypatch, caps
     assert [line["zero_credit"] for line in metrics(tmp_path / "run")] == [1, 1, 1]
 
 
-def test_a_policy_that_a_large_step_made_uniform_is_warned_of(tmp_path, monkeypatch, capsys):
+def test_a_gradient_of_zero_is_warned_of(tmp_path, monkeypatch, capsys):
     aa_minimal.warn.cache_clear()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(0.0))
     assert main(*LEAST, "--iterations", 1, "--out", tmp_path / "run") == 0
