@@ -272,7 +272,6 @@ def train(run):
         # Log and save.
         line = {"iteration": iteration, "entropy": entropy.mean().item(), "kl": kl.mean().item()}
         line |= {"grad_norm": grad_norm, "ratio_max": ratio.max().item(), "sampled_tokens": N}
-        line["tokens"] = sum(len(episode.ids) for episode in episodes)
         line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()  # rounding
         line |= dict(seconds_play=played_at - start, seconds_update=time.perf_counter() - played_at)
         self_play = [side for side in sides if len({*side.match.players}) == 1]

@@ -19,9 +19,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import tiny
 from games import GAMES, Player, Scripted, meet, scripted_names, summarize
 from rollout import LLM, Policy
-from tiny import BUILT_IN, UserError, load_built_in, user_error
+from tiny import BUILT_IN, UserError, user_error
 
 DEFAULTS = dict(game="trust_split", model="tiny", quant="auto", prior_seed=0, rounds=10)
 DEFAULTS |= dict(max_message_tokens=40, games_at_once=32)
@@ -67,7 +68,7 @@ def load(name, quant, game, lora_rank=8, seed=0, prior_seed=0):
     """The LLM `name` with a fresh adapter that `seed` fixes. UserError for what cannot be had.
     quant: "nf4", 4 bits; "none", float32, or bfloat16 on a GPU; "auto", on a GPU what fits."""
     if name in BUILT_IN:
-        base, tokenizer = load_built_in(name, game, prior_seed)
+        base, tokenizer = tiny.load_built_in(name, game, prior_seed)
         return LLM(base, tokenizer, lora_rank, seed, os.path.basename(base.name_or_path))
     on_gpu = torch.cuda.is_available()
     has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

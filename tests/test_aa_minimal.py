@@ -216,13 +216,13 @@ def test_the_same_command_typed_twice_gives_two_runs_with_the_same_numbers(tmp_p
 
 
 def test_a_run_writes_settings_metrics_transcripts_and_a_summary(undisturbed):
-    wanted = {"entropy", "kl", "grad_norm", "ratio_max", "sampled_tokens", "tokens", "zero_credit"}
+    wanted = {"entropy", "kl", "grad_norm", "ratio_max", "sampled_tokens", "zero_credit"}
     wanted |= {"iteration", "points", "points_other", "welfare", "cooperation", "p_c_first"}
     wanted |= {"seconds_play", "seconds_update"}
     for n, line in enumerate(metrics(undisturbed)):
         assert line["iteration"] == n and wanted <= set(line)
         assert line["ratio_max"] == pytest.approx(1, abs=1e-3)
-        assert line["grad_norm"] > 0 and line["tokens"] > line["sampled_tokens"]
+        assert line["grad_norm"] > 0
     assert n == LENGTH - 1
     # One token a round: of the first group both seats learn, of the second one the seat that
     # does not meet a past self.

@@ -913,3 +913,26 @@ def test_a_gpu_holds_16_bits_where_they_take_up_to_a_third_of_it(
     card = types.SimpleNamespace(total_memory=gigabytes * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: card)
     assert bits_that_fit(tmp_path) == quant
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_card_without_bfloat16_gets_float32_weights_and_is_named(supported, monkeypatch, capsys):
+    asked = {}
+
+    def from_pretrained(name, **how):
+        asked.update(how)
+        raise OSError("no weights here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation: supported or including_emulation,
+    )  # emulated on a T4, where it is slow
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: None)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(tiny.UserError, match="no weights here"):
+        load("some-model", "none", "ipd")
+    dtype = torch.bfloat16 if supported else torch.float32
+    assert asked["dtype"] == dtype and asked["device_map"] == "cuda"
+    assert f"in {dtype} (bfloat16 on a GPU: {supported})" in capsys.readouterr().out
