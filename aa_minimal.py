@@ -27,9 +27,9 @@ from rollout import Policy, score
 from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, user_error
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
-TINY = dict(games=128, games_at_once=128)
-TINY_MATRIX = TINY | dict(iterations=60, group_size=16, lr=1e-3, beta=2.0)
-TINY_COINS = TINY | dict(iterations=40, lr=6e-4, beta=3.0, entropy=0.0, snapshot_every=5)
+TINY_MATRIX = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
+TINY_COINS = dict(games=96, games_at_once=96, iterations=40, lr=6e-4, beta=3.0, snapshot_every=5)
+TINY_COINS |= dict(entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY_MATRIX),  # and all other games
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_COINS),

@@ -125,10 +125,10 @@ class LLM:
     @contextlib.contextmanager
     def using(self, adapter):
         """Run under the adapter of that name, None for the model without any."""
-        self.model.set_adapter(adapter or "default")
+        if self.model.active_adapter != (adapter or "default"):  # to switch takes a while
+            self.model.set_adapter(adapter or "default")  # it alone requires gradients from now on
         with self.model.disable_adapter() if adapter is None else contextlib.nullcontext():
             yield
-        self.model.set_adapter("default")  # the active adapter is the one that requires gradients
 
     def forward(self, rows, starts, cache, cache_rows=None):
         """Last hidden states [B, S, width] of `rows` (lists of ids) that begin at `starts`; in a

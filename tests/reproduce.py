@@ -135,6 +135,7 @@ def measures(folder):
     out = {"last ten": np.mean(points[-10:]), "with itself": itself["points"]}
     out["greedy gets"], out["keeps"] = greedy["points_other"], greedy["points"]
     out["fair gets"] = trained["cooperate"]["points_other"]
+    out["most gets"] = max(means["points_other"] for means in trained.values())
     out["honesty"] = itself.get("honesty")
     out["liar: keeps"] = trained.get("liar", {}).get("points")
     for state in ("cc", "cd", "dc", "dd"):
