@@ -57,7 +57,8 @@ PARTS = {
     + over(("naive", "aa_causal"), "chicken --game chicken", priors=range(2)),
     "kernels": over(("aa_causal", "aa"), "ipd-default --game ipd", kernels="default")
     + over(("aa_causal", "aa"), "ipd-avx2 --game ipd", kernels="avx2"),
-    "long": over(("aa_causal", "aa"), "ipd-long --game ipd --iterations 120", priors=range(4)),
+    "long": over(("aa_causal", "aa"), "ipd-long --game ipd --iterations 120", priors=range(4))
+    + over(("aa_causal",), "trust-long --game trust_split --iterations 80", priors=range(2)),
     "variants": over(("jit",), "ipd --game ipd")
     + over(("jit",), "trust --game trust_split")
     + [
@@ -83,7 +84,14 @@ PARTS = {
         Row("trust-pool", f"--game trust_split {POOL} self liar", priors=range(2)),
     ],
     "real": over(("aa_causal", "aa"), f"real {REAL}", seeds=range(1, 4))
-    + over(("naive", "sum"), f"real {REAL} --iterations 8", seeds=range(1, 4)),
+    + over(("naive", "sum"), f"real {REAL} --iterations 8", seeds=range(1, 4))
+    + [
+        Row(
+            "real-naive-vs-aa_causal",
+            f"{REAL} --algo naive --iterations 8 --opponent {{real-aa_causal}}",
+            seeds=range(1, 4),
+        )
+    ],
 }
 
 
