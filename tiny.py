@@ -42,11 +42,11 @@ MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
 HALF = {"cooperate": 0.5, "defect": 0.5}
 ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, HALF)
 TRUST = {"tit_for_tat": 0.33, "cooperate": 0.57, "defect": 0.02, "liar": 0.08}
-SPLIT = {"tit_for_tat": 0.15, "cooperate": 0.55, "defect": 0.3}
+SPLIT = {"tit_for_tat": 0.25, "cooperate": 0.5, "defect": 0.25}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
     ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, HALF)],
-    ("tiny", "split"): [SHORT, LONG, MUTUAL, Lesson(SPLIT, 0.05, 10, 300)],
+    ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, HALF)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
 # What `--imitate` teaches an adapter: reciprocity enough to build on, not so much that greed fails.
