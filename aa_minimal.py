@@ -28,12 +28,12 @@ from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, 
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
 TINY_MATRIX = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
-TINY_COINS = dict(games=96, games_at_once=96, iterations=40, lr=6e-4, beta=3.0, snapshot_every=5)
-TINY_COINS |= dict(entropy=0.0, kl=0.01)
+TINY_TRUST = dict(games=128, games_at_once=128, iterations=45, lr=6e-4, beta=3.0, snapshot_every=5)
+TINY_SPLIT = TINY_TRUST | dict(games=96, iterations=40, entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY_MATRIX),  # and all other games
-    "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_COINS),
-    "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_COINS),
+    "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
+    "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
 IMITATING = dict(iterations=26, rounds=5, group_size=32, buffer=0, lr=1e-4, beta=6.0, entropy=0.02)
 NAIVE_AND_SUM = dict(buffer=0, entropy=0.0)  # of real models, as published
