@@ -124,7 +124,7 @@ class LLM:
 
     @contextlib.contextmanager
     def using(self, adapter):
-        """Run under the adapter of that name, None for the model without any."""
+        """Run under the adapter of that name (it stays active), None for the model without any."""
         if self.model.active_adapter != (adapter or "default"):  # to switch takes a while
             self.model.set_adapter(adapter or "default")  # it alone requires gradients from now on
         with self.model.disable_adapter() if adapter is None else contextlib.nullcontext():

@@ -36,11 +36,10 @@ Row = namedtuple("Row", "name flags seeds priors kernels", defaults=[range(5), (
 GOAL = {"ipd": 2.9, "trust_split": 47}  # points; falls are counted from there on
 CREDITS = ("naive", "sum", "aa", "aa_causal")
 SCRIPTED = "tit_for_tat grim cooperate defect random"
-KL = "--game trust_split --entropy 0 --kl 0.01 --games 96 --iterations 40"  # as split has it
+# Trust-and-Split with the settings of split: a KL to the prior in place of the entropy bonus.
+TRUST_KL = "--game trust_split --entropy 0 --kl 0.01 --games 96 --iterations 40"
 POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half is self-play
 REAL = "--game ipd --model {model} --imitate 25 --micro_batch_tokens 2048"
-
-
 STRANGERS = ("ipd-aa_causal", "ipd-aa", "trust-aa_causal", "trust-aa")  # rows, on prior 0
 
 
@@ -62,7 +61,7 @@ PARTS = {
     + over(("aa_causal",), "trust-long --game trust_split --iterations 80", priors=range(2)),
     "variants": over(("jit",), "ipd --game ipd")
     + over(("jit",), "trust --game trust_split")
-    + over(("naive", "aa_causal"), f"trust-kl {KL}", priors=range(2))
+    + over(("naive", "aa_causal"), f"trust-kl {TRUST_KL}", priors=range(2))
     + [
         Row("ipd-batch", "--game ipd --baseline batch"),
         Row("ipd-no-past", "--game ipd --buffer 0"),
@@ -83,7 +82,7 @@ PARTS = {
     ],
     "pool": [
         Row("ipd-pool", f"--game ipd {POOL}", priors=range(2)),
-        Row("trust-pool", f"{KL} {POOL} self liar", priors=range(2)),
+        Row("trust-pool", f"{TRUST_KL} {POOL} self liar", priors=range(2)),
     ],
     "real": over(("aa_causal", "aa"), f"real {REAL}", seeds=range(1, 4))
     + over(("naive", "sum"), f"real {REAL} --iterations 8", seeds=range(1, 4))

@@ -91,6 +91,7 @@ def runs(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps({"game": "ipd"}))
         names = ("trained", "defect", "cooperate", "random")
         met = {name: {"points": points[-1], "points_other": 1.4, "p_c_cd": 0.25} for name in names}
+        met["random"]["points_other"] = 2.5
         if seed < 2:
             (folder / "summary.json").write_text(json.dumps({"trained": met}))
     return tmp_path
@@ -102,6 +103,7 @@ def test_measures_of_a_run_are_those_on_paper(runs):
     assert second["last ten"] == 3 and second["goal at"] == 0
     assert second["lowest five"] == pytest.approx((2.95 + 1 + 9) / 5)
     assert second["after cd"] == 0.25 and second["greedy gets"] == 1.4
+    assert second["most gets"] == 2.5  # by the random player
 
 
 def test_a_table_counts_the_runs_that_are_missing(runs, capsys):
