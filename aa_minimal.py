@@ -27,11 +27,11 @@ from rollout import Policy, score
 from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, user_error
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
-TINY_MATRIX = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
-TINY_TRUST = dict(games=128, games_at_once=128, iterations=45, lr=6e-4, beta=3.0, snapshot_every=5)
-TINY_SPLIT = TINY_TRUST | dict(games=96, iterations=40, entropy=0.0, kl=0.01)
+TINY = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
+TINY_TRUST = TINY | dict(games=96, iterations=48, lr=6e-4, beta=3.0, entropy=3e-3, snapshot_every=5)
+TINY_SPLIT = TINY_TRUST | dict(iterations=42, beta=5.0, entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
-    "matrix": ({}, TINY_MATRIX),  # and all other games
+    "matrix": ({}, TINY),  # and all other games
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }

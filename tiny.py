@@ -39,14 +39,14 @@ SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
-HALF = {"cooperate": 0.5, "defect": 0.5}
+HALF, MOSTLY_FAIR = ({"cooperate": share, "defect": 1 - share} for share in (0.5, 0.75))
 ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, HALF)
 TRUST = {"tit_for_tat": 0.33, "cooperate": 0.57, "defect": 0.02, "liar": 0.08}
-SPLIT = {"tit_for_tat": 0.25, "cooperate": 0.5, "defect": 0.25}
+SPLIT = {"tit_for_tat": 0.18, "cooperate": 0.57, "defect": 0.25}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
     ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, HALF)],
-    ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, HALF)],
+    ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, MOSTLY_FAIR)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
 # What `--imitate` teaches an adapter: reciprocity enough to build on, not so much that greed fails.
