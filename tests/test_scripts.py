@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import plot
+import priors
 import pytest
 import reproduce
 import words
@@ -62,6 +63,19 @@ def test_choices_and_numbers_stay_what_they_are():
     turns = game.send(["My hand is fire"])
     assert all(turn.choices == COUNTS for turn in turns)
     assert game.send(["5", "5"]).indicators[0]["keep_upper"] in ([], [5])
+
+
+@pytest.mark.parametrize("game", ["trust_split", "split"])
+def test_reciprocity_of_a_mix_of_scripts_is_its_share_of_tit_for_tat(game, monkeypatch, capsys):
+    mixed = Scripted({"tit_for_tat": 0.4, "cooperate": 0.5, "defect": 0.1})
+    monkeypatch.setattr(priors, "load", lambda *args, **kwargs: None)
+    monkeypatch.setattr(priors, "Policy", lambda llm, adapter: mixed)
+    priors.main([game, "7", "--games", "300"])
+    name, seed, *numbers = capsys.readouterr().out.strip().split("\n")[-1].split()
+    kept_fair, kept_greedy, r = map(float, numbers[-3:])
+    assert (name, seed) == ("prior", "7")
+    assert kept_fair == pytest.approx(1, abs=0.4) and kept_greedy == pytest.approx(5, abs=0.8)
+    assert r == pytest.approx(0.4, abs=0.08)
 
 
 # ---------------------------------------------------------------------------------------- the rows
