@@ -30,23 +30,22 @@ from games import Match, Scripted, play
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels when imported
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's calls
 # Imitation of a population of scripted players: {name: share}, chance of a random reply, rounds of
-# the longest game, training steps. With `against`, one seat draws anew from `shares` for every
-# reply, and it alone is imitated; the other seat draws from `against`, without noise.
-Lesson = namedtuple("Lesson", "shares noise rounds steps against", defaults=[None])
+# the longest game, training steps. With `greed`, a probability, one seat draws a player anew for
+# every reply, and it alone is imitated; every act of the other seat is greedy so often, else fair.
+Lesson = namedtuple("Lesson", "shares noise rounds steps greed", defaults=[None])
 # What the built-in models are taught; the last lesson makes the prior. Hands are learned first, in
 # short games without noise; then, but not by tiny-blind, to return like for like.
 SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
-HALF, MOSTLY_FAIR = ({"cooperate": share, "defect": 1 - share} for share in (0.5, 0.75))
-ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, HALF)
+ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, greed=0.5)
 TRUST = {"tit_for_tat": 0.33, "cooperate": 0.57, "defect": 0.02, "liar": 0.08}
 SPLIT = {"tit_for_tat": 0.18, "cooperate": 0.57, "defect": 0.25}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
-    ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, HALF)],
-    ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, MOSTLY_FAIR)],
+    ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, greed=0.5)],
+    ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, greed=0.25)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
 # What `--imitate` teaches an adapter: reciprocity enough to build on, not so much that greed fails.
@@ -192,13 +191,14 @@ def conversations(lesson, game, count, seed):
     scripts = [Scripted(name, lesson.noise) for name in lesson.shares]
     for n in range(count):
         pair = tuple(rng.choice(scripts, size=2, p=list(lesson.shares.values())))
-        if lesson.against:
-            pair = Scripted(lesson.shares, lesson.noise), Scripted(lesson.against)
+        if lesson.greed:
+            others = {"cooperate": 1 - lesson.greed, "defect": lesson.greed}
+            pair = Scripted(lesson.shares, lesson.noise), Scripted(others)
         matches.append(Match(n, n, int(rng.integers(1, lesson.rounds + 1)), pair))
     play(game, matches, [seed], max_tokens=40)
     chats = []
     for match in matches:
-        for seat in (0,) if lesson.against else (0, 1):
+        for seat in (0,) if lesson.greed else (0, 1):
             chats.append([text for who, *pair in match.log if who == seat for text in pair])
     return chats
 

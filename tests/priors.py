@@ -2,7 +2,7 @@
 
     python tests/priors.py trust_split 0 1 2 3          these prior seeds; warms up what is missing
 
-r: how much more often it is greedy with what is worth more to the other, after it last saw greed
+r: how much more often it keeps all of what is worth more to the other, after it last saw greed
 rather than fairness. Whether naive learners turn greedy hangs on it: see RESULTS.md."""
 
 import argparse
@@ -15,7 +15,7 @@ from eval import load, print_table, report
 from games import Match, Side, play, summarize
 from rollout import Policy
 
-KEPT = {"trust_split": "keep_lower", "split": "keep_low"}  # of what is worth more to the other
+KEPT = {"trust_split": "keep_lower", "split": "keep_low"}  # 0 to 10 of what the other wants more
 
 
 def main(argv=None):
@@ -24,14 +24,19 @@ def main(argv=None):
     parser.add_argument("prior_seeds", nargs="+", type=int)
     parser.add_argument("--games", type=int, default=256)
     args = parser.parse_args(argv)
+    if args.games < 1 or min(args.prior_seeds) < 0:
+        parser.error("--games begins at 1, prior seeds at 0")
     rows = []
     for seed in args.prior_seeds:
         player = Policy(load("tiny", "none", args.game, prior_seed=seed), None)
         matches = [Match(n, n, 10, (player, player)) for n in range(args.games)]
         play(args.game, matches, [1], 40, at_once=128)
         means = summarize([Side(match, seat) for match in matches for seat in (0, 1)])
-        fair, greedy = (means[f"{KEPT[args.game]}_after_{act}"] for act in ("fair", "greedy"))
-        row = [means["points"], means.get("honesty"), fair, greedy, (greedy - fair) / 10]
+        fair = means[f"{KEPT[args.game]}_after_fair"]
+        greedy = means[f"{KEPT[args.game]}_after_greedy"]
+        has_seen_both = fair is not None and greedy is not None
+        r = (greedy - fair) / 10 if has_seen_both else None
+        row = [means["points"], means.get("honesty"), fair, greedy, r]
         rows.append([f"prior {seed}", *row])
     header = ["points", "honesty", "kept after fairness", "after greed", "r"]
     print_table(f"{args.game}, the model without adapter", header, rows)

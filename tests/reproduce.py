@@ -36,8 +36,7 @@ Row = namedtuple("Row", "name flags seeds priors kernels", defaults=[range(5), (
 GOAL = {"ipd": 2.9, "trust_split": 47}  # points; falls are counted from there on
 CREDITS = ("naive", "sum", "aa", "aa_causal")
 SCRIPTED = "tit_for_tat grim cooperate defect random"
-# Trust-and-Split with smaller groups: with a KL to the prior in place of the entropy bonus, and
-# with a larger bonus.
+# Trust-and-Split in smaller groups, with a KL in place of the entropy bonus; with a larger bonus.
 TRUST_KL = "--game trust_split --entropy 0 --kl 0.01 --games 96 --iterations 40 --group_size 8"
 TRUST_ENTROPY = "--game trust_split --entropy 0.01 --games 128 --iterations 45 --group_size 8"
 POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half is self-play

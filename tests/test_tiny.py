@@ -699,7 +699,7 @@ def own_model():
 
 
 def test_a_lesson_against_others_is_what_one_seat_says_to_them():
-    lesson = tiny.Lesson({"tit_for_tat": 1.0}, 0.0, 3, 0, {"cooperate": 0.5, "defect": 0.5})
+    lesson = tiny.Lesson({"tit_for_tat": 1.0}, 0.0, 3, 0, greed=0.5)
     chats = tiny.conversations(lesson, "ipd", 200, seed=0)
     assert len(chats) == 200
     said = Counter(tuple(zip(chat[2::2], chat[3::2])) for chat in chats)
