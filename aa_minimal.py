@@ -28,12 +28,12 @@ from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, 
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
 TINY = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
-TINY_TRUST = TINY | dict(games=96, iterations=48, lr=6e-4, beta=3.0, entropy=3e-3, snapshot_every=5)
-TINY_SPLIT = TINY_TRUST | dict(iterations=42, beta=5.0, entropy=0.0, kl=0.01)
+WITH_KL = dict(entropy=0.0, kl=0.001)  # in place of an entropy bonus, as published
+TINY_TRUST = TINY | WITH_KL | dict(games=96, iterations=45, lr=6e-4, beta=3.0, snapshot_every=5)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY),  # and all other games
-    "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
-    "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
+    "trust_split": (WITH_KL | dict(gamma=0.96, beta=2.0), TINY_TRUST),
+    "split": (WITH_KL | dict(beta=1.0), TINY_TRUST | dict(iterations=42, beta=5.0, kl=0.01)),
 }
 IMITATING = dict(iterations=26, rounds=5, group_size=32, buffer=0, lr=1e-4, beta=6.0, entropy=0.02)
 NAIVE_AND_SUM = dict(buffer=0, entropy=0.0)  # of real models, as published
