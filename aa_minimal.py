@@ -30,6 +30,7 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "
 TINY = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
 WITH_KL = dict(entropy=0.0, kl=0.001)  # in place of an entropy bonus, as published
 TINY_TRUST = TINY | WITH_KL | dict(games=96, iterations=45, lr=6e-4, beta=3.0, snapshot_every=5)
+TINY_TRUST |= dict(kl=0.003, max_message_tokens=8)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY),  # and all other games
     "trust_split": (WITH_KL | dict(gamma=0.96, beta=2.0), TINY_TRUST),
