@@ -280,16 +280,12 @@ def score(llm, episodes, budget, reference=False):
 
 def score_rows(llm, episodes, indices, P, reference):
     """Scored of the episodes of these indices. The P ids that they share are read in one row."""
-    rows, row, column, targets, legal, played = [], [], [], [], [], []
-    for n, b in enumerate(indices):
-        samples = episodes[b].samples
-        rows.append(episodes[b].ids[P : samples[-1].position])  # what follows need not be read
-        for sample in samples:
-            row.append(n)
-            column.append(sample.position - 1 - P)  # a token is sampled from what stands before it
-            targets.append(episodes[b].ids[sample.position])
-            legal.append(sample.legal)
-            played.append((b, sample.round, sample.logp))
+    # What follows the last sampled token, and that token itself, need not be read.
+    rows = [episodes[b].ids[P : episodes[b].samples[-1].position] for b in indices]
+    sampled = [(n, b, *sample) for n, b in enumerate(indices) for sample in episodes[b].samples]
+    row, episode, position, round, legal, logp = zip(*sampled)
+    column = [p - 1 - P for p in position]  # a token is sampled from what stands before it
+    targets = [episodes[b].ids[p] for b, p in zip(episode, position)]
     targets = torch.tensor(targets, device=llm.device)
 
     def hidden_under(adapter):
@@ -306,7 +302,7 @@ def score_rows(llm, episodes, indices, P, reference):
         part = slice(start, start + llm.slice)
         inputs = llm, targets[part], legal[part], reference, hidden[part], plain[part]
         stats.append(checkpoint(token_stats, *inputs, use_reentrant=False))
-    played = [torch.tensor(values, device=llm.device) for values in zip(*played)]
+    played = [torch.tensor(values, device=llm.device) for values in (episode, round, logp)]
     return Scored(*played, *torch.cat(stats, dim=1))
 
 
