@@ -54,9 +54,8 @@ class PlayCache(transformers.Cache):
 
     def __init__(self, opening, B):
         super().__init__(layers=[])
-        self.stored = {}  # {layer: [2, B, heads, columns, width]}
-        for layer, pair in opening.items():
-            self.stored[layer] = torch.stack(pair).expand(-1, B, -1, -1, -1).contiguous()
+        # {layer: [2, B, heads, columns, width]}
+        self.stored = {n: torch.stack(kv).repeat(1, B, 1, 1, 1) for n, kv in opening.items()}
 
     def prepare(self, rows, positions, columns):
         """The next pass is over `rows` (ascending), writes at `positions` [n, S] and reads so many
