@@ -170,11 +170,8 @@ class Api(Player):
 
     def reply(self, questions):
         """Replies to `questions`; UserError where none of them got a legal one."""
-        pool = concurrent.futures.ThreadPoolExecutor(self.at_once)
-        try:
-            replies = list(pool.map(self.answer, questions))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with concurrent.futures.ThreadPoolExecutor(self.at_once) as pool:
+            replies = list(pool.map(self.answer, questions))  # an error cancels what is not begun
         missing = replies.count("")
         if missing == len(replies):
             problem = f"gave no legal reply in {missing} turns ({self.trouble})"
