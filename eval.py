@@ -230,9 +230,8 @@ def failed(agents):
 def crossplay(game, agents, deals, rounds, seed, max_tokens, at_once):
     """Play `agents` {name: Player} with each other and the scripted: {agent: {other: means}}."""
     everyone = agents | {name: Scripted(name) for name in scripted_names(game)}
-    results = {}
+    results = {a: {} for a in agents}
     for a in tqdm(agents, desc="playing", leave=False, disable="human" in agents):
-        results[a] = {}
         for b in everyone:
             if b == "human" or (a == "human" and b not in agents):
                 continue  # nobody wants to play all those games
