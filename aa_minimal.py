@@ -5,7 +5,6 @@
 
 `train` is the algorithm, its equations are in loss.py: no critic, one step per batch of games."""
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -82,11 +81,9 @@ class Settings:
 
 def parse(argv):
     """The Settings of a command line; of NAIVE_AND_SUM, PRESETS, IMITATING the last wins."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("game", "algo", "model", "imitate", "resume"):
-        default = getattr(Settings, name)
-        first.add_argument(f"--{name}", default=default, type=type(default))
-    known, _ = first.parse_known_args(argv)
+    usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
+    how = dict(usage=usage, allow_abbrev=False)
+    known, _ = HfArgumentParser(Settings, add_help=False, **how).parse_known_args(argv)
     real, built_in = PRESETS.get(known.game, PRESETS["matrix"])
     real = (NAIVE_AND_SUM if known.algo in ("naive", "sum") else {}) | real
     defaults = built_in if known.model in BUILT_IN else real | (IMITATING if known.imitate else {})
@@ -94,8 +91,7 @@ def parse(argv):
         defaults = read_json(known.resume, "config.json")
         if defaults.keys() != Settings.__dataclass_fields__.keys():
             raise UserError(f"{known.resume}/config.json is not whole: restore it, or start anew")
-    parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
+    parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], **how)
     parser.set_defaults(**defaults)
     settings = Settings(**vars(parser.parse_args(argv)))
     for name, value in vars(settings).items():
