@@ -261,12 +261,10 @@ def play(game, matches, seed, max_tokens, at_once=None):
 
 def meet(game, a, b, deals, rounds, seed, max_tokens, at_once=None):
     """Games of players `a` and `b`, in both seats of each deal: the Sides of a, deal by deal."""
-    sides = []
-    for deal in range(deals):
-        sides.append(Side(Match(2 * deal, deal, rounds, (a, b)), 0))
-        sides.append(Side(Match(2 * deal + 1, deal, rounds, (b, a)), 1))
-    play(game, [side.match for side in sides], seed, max_tokens, at_once)
-    return sides
+    pairs = (a, b), (b, a)
+    matches = [Match(n, n // 2, rounds, pairs[n % 2]) for n in range(2 * deals)]
+    play(game, matches, seed, max_tokens, at_once)
+    return [Side(match, match.number % 2) for match in matches]
 
 
 def indicators(history, seat):
