@@ -60,9 +60,8 @@ def matrix_game(payoffs, rng, rounds, max_tokens):
     for _ in range(rounds):
         moves = yield [Turn(seat, texts[seat], ("A", "B"), fair="A", greedy="B") for seat in (0, 1)]
         fair = [move == "A" for move in moves]
-        indicators = [{f"p_c_{state}": [] for state in STATES} for _ in (0, 1)]
-        for seat in (0, 1):
-            indicators[seat][f"p_c_{before[seat]}"] = [fair[seat]]
+        unseen = {f"p_c_{state}": [] for state in STATES}
+        indicators = [unseen | {f"p_c_{before[seat]}": [fair[seat]]} for seat in (0, 1)]
         letters = ["C" if move == "A" else "D" for move in moves]
         yield Round(payoffs[letters[0] + letters[1]], best, fair, indicators)
         texts = [f"The other chose {moves[1 - seat]}." for seat in (0, 1)]
