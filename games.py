@@ -99,8 +99,8 @@ def trust_split(rng, rounds, max_tokens):
             turns.append(Turn(seat, text, COUNTS, fair, greedy="10"))
         kept = [int(reply) for reply in (yield turns)]
         points = [coins * value for coins, value in zip(share(*kept), worth)]
-        fair = [None, None]  # to keep ten with the upper hand is both fair and greedy
-        fair[1 - winner] = kept[1 - winner] <= 5
+        # To keep ten with the upper hand is both fair and greedy.
+        fair = [None if seat == winner else kept[seat] <= 5 for seat in (0, 1)]
         indicators = [{"keep_upper": [], "keep_lower": []} for _ in (0, 1)]
         for seat, other in ((0, 1), (1, 0)):
             indicators[seat][f"keep_{role[seat]}"] = [kept[seat]]
