@@ -262,6 +262,12 @@ def print_crossplay(game, results, players):
         print(f"\n{name}: {turns}")
 
 
+def pair(text):
+    """(old, new) of OLD=NEW. ValueError for anything else."""
+    old, new = filter(None, text.split("=", 1))
+    return old, new
+
+
 def parse(argv):
     """The command line as a namespace; what it leaves open is filled in from the first run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -273,6 +279,7 @@ def parse(argv):
     add("--games", type=int, help="deals per pair, in both seats each (default: 64, with human 1)")
     add("--games_at_once", type=int, help="games played at a time; fewer need less memory")
     add("--seed", type=int, default=0, help="fixes deals and sampling")
+    add("--words", nargs="+", type=pair, default=[], metavar="A=B", help="models read B for A")
     add("--out", default="crossplay.json", help="file for the numbers")
     args = parser.parse_args(argv)
     runs = [name for name in args.agents if os.path.isfile(os.path.join(name, "config.json"))]
@@ -297,6 +304,7 @@ def main(argv=None):
         is_ours = name not in (*scripted_names(args.game), "human") and name[:4] != "api:"
         if is_ours and llm is None:
             llm = load(args.model, args.quant, args.game, prior_seed=args.prior_seed)
+            llm.framing.words = dict(args.words)
         label = os.path.basename(os.path.normpath(name)) if is_ours else name
         if label in agents or (is_ours and label in scripted_names(args.game)):
             raise UserError(f"two agents are called {label}: name each once")

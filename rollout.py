@@ -49,12 +49,11 @@ class OpeningCache(transformers.Cache):
 
 
 class PlayCache(transformers.Cache):
-    """Keys and values of B conversations that begin with copies of an opening.
-    A column is a position in a conversation; LLM.forward masks all past a row's own position."""
+    """Keys and values of B conversations that begin with copies of an opening, {layer: [2, B,
+    heads, columns, width]}. Columns are positions; LLM.forward masks all past a row's own."""
 
     def __init__(self, opening, B):
         super().__init__(layers=[])
-        # {layer: [2, B, heads, columns, width]}
         self.stored = {n: torch.stack(kv).repeat(1, B, 1, 1, 1) for n, kv in opening.items()}
 
     def prepare(self, rows, positions, columns):

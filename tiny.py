@@ -75,6 +75,12 @@ def user_error(problem, remedy):
         raise UserError(f"{problem} ({words}); {remedy}") from error
 
 
+def translate(text, words):
+    """`text` with every key of `words`, where it stands as a word, replaced by its value."""
+    keys = "|".join(rf"(?<!\w){re.escape(key)}(?!\w)" for key in words) or "(?!)"
+    return re.sub(keys, lambda found: words[found[0]], text)
+
+
 class Framing:
     """What a chat template puts around texts, so that turns can be appended to a conversation:
 
@@ -86,6 +92,7 @@ class Framing:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.words = {}  # {what a game says: what the model reads and says in its place}
         added = tokenizer.added_tokens_decoder.items()
         self.control = {i for i, token in added if token.content.strip()}  # line breaks are text
         with user_error("this model has no usable chat template", "choose another instruct model"):
@@ -151,12 +158,14 @@ class Framing:
 
     def user(self, text, first=False):
         """Ids of a user turn and of the opener of its reply; it is first, or follows an end."""
+        text = translate(text.strip(), self.words)
         if first:
-            return self.encode(self.first, text.strip(), self.opener)
-        return self.encode(self.end_name + self.again, text.strip(), self.opener)[1:]
+            return self.encode(self.first, text, self.opener)
+        return self.encode(self.end_name + self.again, text, self.opener)[1:]
 
     def reply(self, text):
         """Ids of a reply and its end of turn, as they follow the opener."""
+        text = translate(text, self.words)
         before = self.encode(self.first, "Hello.", self.opener)
         ids = self.encode(self.first, "Hello.", self.opener + self.prefix, text, self.end_name)
         return ids[len(before) :]
@@ -171,7 +180,8 @@ class Framing:
 
     def decode(self, ids):
         """The text of the ids of a reply, closed by its end of turn."""
-        return self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False).strip()
+        text = self.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False).strip()
+        return translate(text, {new: old for old, new in self.words.items()})
 
     def trie(self, choices):
         """{ids written so far: sorted ids that may come next} over the legal replies `choices`."""
@@ -179,7 +189,7 @@ class Framing:
         for text in choices:
             ids = self.reply(text)
             if self.decode(ids) != text:
-                raise UserError(f"the tokenizer makes {self.decode(ids)!r} of the reply {text!r}")
+                raise UserError(f"the reply {text!r} would come back as {self.decode(ids)!r}")
             for n in range(len(ids)):
                 following.setdefault(tuple(ids[:n]), set()).add(ids[n])
         return {written: tuple(sorted(ids)) for written, ids in following.items()}

@@ -8,7 +8,8 @@
 Every row is one command, repeated over seeds and priors; none is left out of a table. Runs lie in
 runs/reproduce/. Stopped ones are resumed, finished ones are not made again. One thread each. Parts
 `adversaries` and `strangers` need the runs of `ipd` and `trust_split`: name those too, or before.
-`strangers` trains nothing: the agents of all seeds meet each other (eval.py)."""
+`strangers` and `words` train nothing: the agents of all seeds meet each other, those of the part
+`real` play the game in other words (eval.py)."""
 
 import argparse
 import concurrent.futures
@@ -25,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from eval import read_json, report
+from games import STATES
 from tiny import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -39,6 +41,21 @@ SCRIPTED = "tit_for_tat grim cooperate defect random"
 POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half is self-play
 REAL = "--game ipd --model {model} --imitate 25 --micro_batch_tokens 2048"
 STRANGERS = ("ipd-aa_causal", "ipd-aa", "trust-aa_causal", "trust-aa")  # rows, on prior 0
+
+# The agents of the row real-aa_causal read and say these words in place of the game's.
+WORDINGS = {
+    "as trained": [],
+    "letters swapped": ["A=B", "B=A"],
+    "other letters": ["A=J", "B=F"],
+    "rules in other sentences": [
+        "You play a game of many rounds with another player.=You meet someone many times.",
+        "In every round both of you choose=Each time, you and this other player pick",
+        "at the same time=without knowing what the other one does",
+        "Collect as many points as you can over the whole game.=Try to end with many points.",
+        "Always answer with one letter,=Reply with a single letter,",
+        "The other chose=This time the other player picked",
+    ],
+}
 
 
 def over(names, flags, **more):
@@ -187,28 +204,49 @@ def table(rows):
         print(f"| {label} | {count} | " + " | ".join(values[c][n] for c in columns) + " |")
 
 
-def introduce(row):
-    """Let the finished runs of a row, one per seed, play each other; a line of Markdown, or ""."""
-    runs = [folder_of(row, seed, 0) for seed in range(5)]
-    out = RUNS / f"strangers-{row}.json"
-    finished = [run / "summary.json" for run in runs]
-    if not all(path.exists() for path in finished):
-        return f"| `{row}` | runs are missing | |"
+def evaluate(runs, out, may_play, *flags):
+    """The results of eval.py with these runs, or {}; made anew where a run is newer than `out`."""
+    if not all((run / "summary.json").exists() for run in runs):
+        return {}
     made = out.stat().st_mtime if out.exists() else 0
-    if made < max(path.stat().st_mtime for path in finished):  # they were made anew since
-        words = ["eval.py", *map(str, runs), "--games", "32", "--out", str(out)]
+    if not may_play and not made:
+        return {}
+    if may_play and made < max((run / "summary.json").stat().st_mtime for run in runs):
+        words = ["eval.py", *map(str, runs), "--out", str(out), *flags]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(
             [sys.executable, *words], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL
         )
-    results = read_json(RUNS, out.name)["results"]
+    return read_json(RUNS, out.name)["results"]
+
+
+def reword(seed, wording, may_play):
+    """What the real agent of a seed does in other words; a line of Markdown."""
+    run = folder_of("real-aa_causal", seed, 0)
+    out = RUNS / f"words-{seed}-{wording.replace(' ', '-')}.json"
+    words = ["--words", *WORDINGS[wording]] if WORDINGS[wording] else []
+    results = evaluate([run], out, may_play, "--games", "8", *words)
+    if not results:
+        return f"| seed {seed}, {wording} | is missing | |"
+    [means] = results.values()
+    shares = [means["random"][f"p_c_{state}"] for state in STATES]
+    shares = " ".join("-" if share is None else f"{share:.2f}" for share in shares)
+    return f"| seed {seed}, {wording} | {means[run.name]['points']:.2f} | {shares} |"
+
+
+def introduce(row, may_play):
+    """Let the finished runs of a row, one per seed, play each other; a line of Markdown."""
+    runs = [folder_of(row, seed, 0) for seed in range(5)]
+    results = evaluate(runs, RUNS / f"strangers-{row}.json", may_play, "--games", "32")
+    if not results:
+        return f"| `{row}` | is missing | |"
     apart = [results[a][b]["points"] for a in results for b in results if a != b]
     same = [results[a][a]["points"] for a in results]
     return f"| `{row}` | {spread(same)} | {spread(apart)} |"
 
 
 def main(argv=None):
-    names = [*PARTS, "strangers"]
+    names = [*PARTS, "strangers", "words"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(names))
     parser.add_argument("--model", help="folder of the real model, SmolLM2-135M-Instruct")
@@ -235,11 +273,17 @@ def main(argv=None):
         with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
             done = pool.map(lambda job: make(*job, args.model), jobs)
             problems = [line for line in tqdm(done, total=len(jobs), desc="runs") if line]
+    play = not args.tables
     for part in parts:
         print(f"\n## {part}\n")
         if part == "strangers":
             print("| agents of seeds 0 to 4 | points with itself | with another |\n|---|---|---|")
-            print("\n".join(introduce(row) for row in STRANGERS))
+            print("\n".join(introduce(row, play) for row in STRANGERS))
+        elif part == "words":
+            print("| agent | points with itself | cooperates first, after C,C C,D D,C D,D |")
+            print("|---|---|---|")
+            for seed in (1, 2, 3):
+                print("\n".join(reword(seed, words, play) for words in WORDINGS))
         else:
             table(PARTS[part])
     if problems:

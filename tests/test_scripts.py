@@ -1,4 +1,4 @@
-"""The scripts that are run by hand: other words for a game, tables of runs, pictures."""
+"""The scripts that are run by hand: priors, tables of runs, pictures."""
 
 import argparse
 import json
@@ -8,61 +8,10 @@ import plot
 import priors
 import pytest
 import reproduce
-import words
 
 import aa_minimal
 from eval import report
-from games import COUNTS, GAMES, Match, Scripted, play, scripted_names
-
-
-def scores(rules, game, pair, monkeypatch):
-    """(texts read, points) of two scripted players in three games with these rules."""
-    with monkeypatch.context() as patch:
-        patch.setitem(GAMES, game, GAMES[game]._replace(rules=rules))
-        players = [Scripted(name) for name in pair]
-        matches = [Match(n, n, 4, players) for n in range(3)]
-        play(game, matches, [0], 20)
-    texts = [turn[1] for match in matches for turn in match.log]
-    return texts, [round.points for match in matches for round in match.history]
-
-
-@pytest.mark.parametrize("wording", words.WORDINGS)
-@pytest.mark.parametrize("game", ["ipd", "chicken", "trust_split"])
-def test_a_game_in_other_words_is_the_same_game(game, wording, monkeypatch):
-    table, rules = words.WORDINGS[wording], GAMES[game].rules
-    for first in scripted_names(game):
-        if first == "random":
-            continue  # it draws from the choices in their order
-        for second in ("tit_for_tat", "defect"):
-            plain, points = scores(rules, game, (first, second), monkeypatch)
-
-            def other(*args):
-                return words.reworded(rules, table, *args)
-
-            read, same = scores(other, game, (first, second), monkeypatch)
-            assert same == points
-            assert read == [words.translate(text, table) for text in plain]
-            assert any(text not in plain for text in read)
-
-
-def test_words_are_replaced_as_words_and_sentences():
-    swapped, renamed = words.WORDINGS["swapped"], words.WORDINGS["renamed"]
-    assert words.translate("Choose A or B, All Bets", swapped) == "Choose B or A, All Bets"
-    assert words.translate("rock, papers, Paper", renamed) == "fire, papers, Paper"
-    assert words.translate("Your hand is rock.", words.WORDINGS["paraphrased"]) == "You hold rock."
-
-
-def test_choices_and_numbers_stay_what_they_are():
-    turn = next(words.reworded(GAMES["ipd"].rules, words.WORDINGS["renamed"], None, 1, 0))[0]
-    assert (turn.choices, turn.fair, turn.greedy) == (("J", "F"), "J", "F")
-    rng = np.random.default_rng(0)
-    game = words.reworded(GAMES["trust_split"].rules, words.WORDINGS["renamed"], rng, 1, 9)
-    next(game)
-    [second] = game.send(["My hand is water"])
-    assert 'The other says: "My hand is water"' in second.text
-    turns = game.send(["My hand is fire"])
-    assert all(turn.choices == COUNTS for turn in turns)
-    assert game.send(["5", "5"]).indicators[0]["keep_upper"] in ([], [5])
+from games import Scripted
 
 
 @pytest.mark.parametrize("game", ["trust_split", "split"])

@@ -379,7 +379,7 @@ def test_a_tokenizer_that_melts_replies_into_the_frame_is_refused():
 def test_a_legal_reply_that_melts_into_the_frame_is_refused():
     framing = Framing(tokenizer("smollm2", "phrases", lines=("\nrock",) * 9))
     assert framing.trie(("A", "B"))
-    with pytest.raises(UserError, match="makes .* of the reply .rock."):
+    with pytest.raises(UserError, match="the reply .rock. would come back as"):
         framing.trie(("rock", "paper"))
 
 
@@ -584,11 +584,40 @@ def test_a_trie_lists_what_may_come_next_for_any_set_of_replies(split):
 
 def test_legal_replies_that_a_tokenizer_changes_are_an_error():
     composing = Framing(tokenizer("qwen25"))
-    with pytest.raises(UserError, match="makes"):
+    with pytest.raises(UserError, match="come back as"):
         composing.trie(("\u00e9", "e\u0301", "o"))
     assert len(set(walk(Framing(tokenizer("smollm2")).trie(("\u00e9", "e\u0301", "o"))))) == 3
-    with pytest.raises(UserError, match="makes"):
+    with pytest.raises(UserError, match="come back as"):
         composing.trie(("A", " A"))
+
+
+def test_words_are_replaced_as_words_and_sentences():
+    swapped, renamed = {"A": "B", "B": "A"}, {"rock": "fire", "Your hand is": "You hold"}
+    assert tiny.translate("Choose A or B, All Bets", swapped) == "Choose B or A, All Bets"
+    assert tiny.translate("rock, rocks, Rock", renamed) == "fire, rocks, Rock"
+    assert tiny.translate("Your hand is rock.", renamed) == "You hold fire."
+    assert tiny.translate("1+1 (a|b)", {"1+1": "2", "(a|b)": "c"}) == "2 c"  # no patterns
+    assert tiny.translate("As it is. ", {}) == "As it is. "
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama3", "accept_space_before_text"])
+def test_a_model_reads_and_says_other_words_and_the_game_hears_its_own(name):
+    plain, other = Framing(tokenizer(name)), Framing(tokenizer(name))
+    other.words = {"A": "B", "B": "A", "rock": "fire", "The other chose": "It took"}
+    read, reworded = "The other chose A, not B.", "It took B, not A."
+    for first in (True, False):
+        assert other.user(read, first) == plain.user(reworded, first) != plain.user(read, first)
+    assert other.reply("My hand is rock") == plain.reply("My hand is fire")
+    assert other.decode(plain.reply("My hand is fire and B")) == "My hand is rock and A"
+    paths = {other.decode(path): list(path) for path in walk(other.trie(("A", "B")))}
+    assert paths == {"A": plain.reply("B"), "B": plain.reply("A")}
+
+
+def test_words_that_make_one_reply_of_two_are_refused():
+    framing = Framing(tokenizer("smollm2"))
+    framing.words = {"A": "B"}
+    with pytest.raises(UserError, match="'B' would come back as 'A'"):
+        framing.trie(("A", "B"))
 
 
 # ---------------------------------------------------------------------------------- built-in model
