@@ -27,18 +27,18 @@ from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, 
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
 TINY = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
-WITH_KL = dict(entropy=0.0, kl=0.001)  # in place of an entropy bonus, as published
-TINY_TRUST = TINY | WITH_KL | dict(games=96, iterations=45, lr=6e-4, beta=3.0, snapshot_every=5)
-TINY_TRUST |= dict(kl=0.003, max_message_tokens=8)
+TINY_TRUST = TINY | dict(games=96, iterations=45, beta=3.0, entropy=0.0, kl=0.001, lr_half=18)
+TINY_TRUST |= dict(snapshot_every=5, max_message_tokens=8)
+TINY_SPLIT = TINY_TRUST | dict(iterations=42, beta=5.0, kl=0.01, lr=6e-4, lr_half=0)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY),  # and all other games
-    "trust_split": (WITH_KL | dict(gamma=0.96, beta=2.0), TINY_TRUST),
-    "split": (WITH_KL | dict(beta=1.0), TINY_TRUST | dict(iterations=42, beta=5.0, kl=0.01)),
+    "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
+    "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
 IMITATING = dict(iterations=26, rounds=5, group_size=32, buffer=0, lr=1e-4, beta=6.0, entropy=0.02)
 NAIVE_AND_SUM = dict(buffer=0, entropy=0.0)  # of real models, as published
 MAY_CHANGE = ("iterations", "model", "micro_batch_tokens", "games_at_once")  # when a run goes on
-MAY_BE_0 = ("buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
+MAY_BE_0 = ("lr_half", "buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
 
 
 def flag(default, help, **more):
@@ -62,6 +62,7 @@ class Settings:
     max_message_tokens: int = flag(40, "longest message; 0: no talk")
     imitate: int = flag(0, "steps of imitating scripted players first, see tiny.IMITATED")
     lr: float = flag(2e-5, "learning rate of Adam")
+    lr_half: int = flag(0, "iterations in which it falls to its half, smoothly; 0: never")
     gamma: float = flag(0.9, "discount per round")
     beta: float = flag(0.5, "weight of the alignment term")
     entropy: float = flag(0.01, "weight of the entropy bonus")
@@ -264,6 +265,8 @@ def train(run):
         grad_norm = torch.nn.utils.clip_grad_norm_(run.weights, 1.0).item()
         entropy, kl, ratio = torch.cat(stats, dim=1).double()  # [N] each
         check_update(ratio, grad_norm)
+        if settings.lr_half:
+            run.optimizer.param_groups[0]["lr"] = settings.lr / 2 ** (iteration / settings.lr_half)
         run.optimizer.step()
         run.iteration += 1
         # Log and save.

@@ -262,12 +262,6 @@ def print_crossplay(game, results, players):
         print(f"\n{name}: {turns}")
 
 
-def pair(text):
-    """(old, new) of OLD=NEW. ValueError for anything else."""
-    old, new = filter(None, text.split("=", 1))
-    return old, new
-
-
 def parse(argv):
     """The command line as a namespace; what it leaves open is filled in from the first run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -279,7 +273,8 @@ def parse(argv):
     add("--games", type=int, help="deals per pair, in both seats each (default: 64, with human 1)")
     add("--games_at_once", type=int, help="games played at a time; fewer need less memory")
     add("--seed", type=int, default=0, help="fixes deals and sampling")
-    add("--words", nargs="+", type=pair, default=[], metavar="A=B", help="models read B for A")
+    other_words = "models read and say NEW in place of OLD, a word or a sentence; may be repeated"
+    add("--words", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help=other_words)
     add("--out", default="crossplay.json", help="file for the numbers")
     args = parser.parse_args(argv)
     runs = [name for name in args.agents if os.path.isfile(os.path.join(name, "config.json"))]

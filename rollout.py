@@ -277,14 +277,12 @@ def score(llm, episodes, budget, reference=False):
 
 
 def score_rows(llm, episodes, indices, P, reference):
-    """Scored of the episodes of these indices. The P ids that they share are read in one row."""
-    # What follows the last sampled token, and that token itself, need not be read.
+    """Scored of the episodes `indices`, read up to their last sample; the P ids they share once."""
     rows = [episodes[b].ids[P : episodes[b].samples[-1].position] for b in indices]
     sampled = [(n, b, *sample) for n, b in enumerate(indices) for sample in episodes[b].samples]
     row, episode, position, round, legal, logp = zip(*sampled)
     column = [p - 1 - P for p in position]  # a token is sampled from what stands before it
-    targets = [episodes[b].ids[p] for b, p in zip(episode, position)]
-    targets = torch.tensor(targets, device=llm.device)
+    targets = torch.tensor([episodes[b].ids[p] for b, p in zip(episode, position)]).to(llm.device)
 
     def hidden_under(adapter):
         with llm.using(adapter):

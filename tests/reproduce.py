@@ -44,17 +44,17 @@ STRANGERS = ("ipd-aa_causal", "ipd-aa", "trust-aa_causal", "trust-aa")  # rows, 
 
 # The agents of the row real-aa_causal read and say these words in place of the game's.
 WORDINGS = {
-    "as trained": [],
-    "letters swapped": ["A=B", "B=A"],
-    "other letters": ["A=J", "B=F"],
-    "rules in other sentences": [
-        "You play a game of many rounds with another player.=You meet someone many times.",
-        "In every round both of you choose=Each time, you and this other player pick",
-        "at the same time=without knowing what the other one does",
-        "Collect as many points as you can over the whole game.=Try to end with many points.",
-        "Always answer with one letter,=Reply with a single letter,",
-        "The other chose=This time the other player picked",
-    ],
+    "as trained": {},
+    "letters swapped": {"A": "B", "B": "A"},
+    "other letters": {"A": "J", "B": "F"},
+    "rules in other sentences": {
+        "You play a game of many rounds with another player.": "You meet someone many times.",
+        "In every round both of you choose": "Each time, you and this other player pick",
+        "at the same time": "without knowing what the other one does",
+        "Collect as many points as you can over the whole game.": "Try to end with many points.",
+        "Always answer with one letter,": "Reply with a single letter,",
+        "The other chose": "This time the other player picked",
+    },
 }
 
 
@@ -224,7 +224,7 @@ def reword(seed, wording, may_play):
     """What the real agent of a seed does in other words; a line of Markdown."""
     run = folder_of("real-aa_causal", seed, 0)
     out = RUNS / f"words-{seed}-{wording.replace(' ', '-')}.json"
-    words = ["--words", *WORDINGS[wording]] if WORDINGS[wording] else []
+    words = [word for pair in WORDINGS[wording].items() for word in ("--words", *pair)]
     results = evaluate([run], out, may_play, "--games", "8", *words)
     if not results:
         return f"| seed {seed}, {wording} | is missing | |"
