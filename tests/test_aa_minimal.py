@@ -807,6 +807,23 @@ def test_an_opponent_that_is_a_run_plays_but_does_not_learn(tmp_path, undisturbe
     assert any((learned[name] - saved[name]).abs().max() > 1e-3 for name in saved)
 
 
+def test_the_learning_rate_halves_as_often_as_asked_also_across_a_resume(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    flags = ["--lr", 0.008, "--lr_half", 2, "--out", tmp_path / "run"]
+    assert main(*LEAST, "--iterations", 3, *flags) == 0
+    assert main("--resume", tmp_path / "run", "--iterations", 5) == 0
+    assert rates == pytest.approx([0.008, 0.008 / 2**0.5, 0.004, 0.004 / 2**0.5, 0.002])
+    rates.clear()
+    assert main(*LEAST, "--iterations", 3, "--lr", 0.008, "--out", tmp_path / "other") == 0
+    assert rates == [0.008] * 3  # by default it stays
+
+
 def test_a_baseline_of_the_whole_batch_needs_no_groups(tmp_path):
     flags = ["--baseline", "batch", "--group_size", 1, "--iterations", 2, "--out", tmp_path / "run"]
     assert main(*SMALL, *flags) == 0
