@@ -27,9 +27,8 @@ from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, 
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
 TINY = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
-TINY_TRUST = TINY | dict(games=96, iterations=54, beta=3.0, entropy=0.0, kl=0.003, snapshot_every=5)
-TINY_TRUST |= dict(lr=7e-4, lr_half=50, max_message_tokens=3)
-TINY_SPLIT = TINY_TRUST | dict(iterations=42, beta=5.0, kl=0.01, lr=6e-4, lr_half=0)
+TINY_TRUST = TINY | dict(games=96, iterations=48, lr=6e-4, beta=3.0, entropy=3e-3, snapshot_every=5)
+TINY_SPLIT = TINY_TRUST | dict(iterations=42, beta=5.0, entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY),  # and all other games
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),

@@ -40,11 +40,11 @@ LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
 ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, greed=0.5)
-TRUST = {"tit_for_tat": 0.31, "cooperate": 0.59, "defect": 0.02, "liar": 0.08}
+TRUST = {"tit_for_tat": 0.33, "cooperate": 0.57, "defect": 0.02, "liar": 0.08}
 SPLIT = {"tit_for_tat": 0.18, "cooperate": 0.57, "defect": 0.25}
 LESSONS = {  # by model and game; all other games are taught as matrix games are
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
-    ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, greed=0.25)],
+    ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, greed=0.5)],
     ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, greed=0.25)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
 }
