@@ -129,14 +129,16 @@ def split(rng, rounds, max_tokens):
         options = [ONE_DEAR, TWO_DEAR][rng.integers(2)]
         values = [options[i] for i in rng.permutation(3)[:2]]  # one per seat, never the same
         turns = []
-        for seat, (own, other) in enumerate([values, values[::-1]]):
+        for seat in (0, 1):
+            own, other = values[seat], values[1 - seat]
             text = f"{news[seat]}\nTo you: hats {own[0]}, books {own[1]}, balls {own[2]}. "
             text += f"To the other: hats {other[0]}, books {other[1]}, balls {other[2]}."
             fair = " ".join("10" if a > b else "5" if a == b else "0" for a, b in zip(own, other))
             turns.append(Turn(seat, text, TRIPLES, fair, greedy="10 10 10"))
         kept = [[int(n) for n in reply.split()] for reply in (yield turns)]
         points, fair, indicators = [0, 0], [], []
-        for seat, (own, other) in enumerate([values, values[::-1]]):
+        for seat in (0, 1):
+            own, other = values[seat], values[1 - seat]
             points[seat] = sum(own[i] * share(kept[0][i], kept[1][i])[seat] for i in range(3))
             low = [kept[seat][i] for i in range(3) if own[i] < other[i]]
             high = [kept[seat][i] for i in range(3) if own[i] > other[i]]

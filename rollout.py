@@ -54,7 +54,9 @@ class PlayCache(transformers.Cache):
 
     def __init__(self, opening, B):
         super().__init__(layers=[])
-        self.stored = {n: torch.stack(kv).repeat(1, B, 1, 1, 1) for n, kv in opening.items()}
+        self.stored = {}
+        for layer, pair in opening.items():
+            self.stored[layer] = torch.stack(pair).repeat(1, B, 1, 1, 1)
 
     def prepare(self, rows, positions, columns):
         """The next pass is over `rows` (ascending), writes at `positions` [n, S] and reads so many

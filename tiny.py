@@ -92,7 +92,7 @@ class Framing:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.words = {}  # {what a game says: what the model reads and says in its place}
+        self.words = {}  # {a game's words: the model's}; set it before play, turns are cached
         added = tokenizer.added_tokens_decoder.items()
         self.control = {i for i, token in added if token.content.strip()}  # line breaks are text
         with user_error("this model has no usable chat template", "choose another instruct model"):
