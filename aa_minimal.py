@@ -23,19 +23,19 @@ from eval import crossplay, failed, find_agent, load, print_crossplay, printable
 from games import GAMES, Match, Side, play, summarize
 from loss import CREDITS, advantages, policy_loss, returns_to_go
 from rollout import Policy, score
-from tiny import BUILT_IN, IMITATED, Lesson, UserError, conversations, imitate, user_error
+from tiny import BUILT_IN, LESSONS, UserError, imitate, user_error
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-1.5B-Instruct" if torch.cuda.is_available() else "tiny"
 TINY = dict(games=128, games_at_once=128, iterations=60, group_size=16, lr=1e-3, beta=2.0)
-TINY_TRUST = TINY | dict(games=96, iterations=48, lr=6e-4, beta=3.0, entropy=3e-3, snapshot_every=5)
-TINY_SPLIT = TINY_TRUST | dict(iterations=42, beta=5.0, entropy=0.0, kl=0.01)
+TINY_TRUST = TINY | dict(games=96, iterations=54, lr=7e-4, beta=3.0, entropy=3e-3, snapshot_every=5)
+TINY_TRUST |= dict(lr_half=50, max_message_tokens=3)
+TINY_SPLIT = TINY_TRUST | dict(iterations=42, lr=6e-4, lr_half=0, beta=5.0, entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
     "matrix": ({}, TINY),  # and all other games
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
 IMITATING = dict(iterations=26, rounds=5, group_size=32, buffer=0, lr=1e-4, beta=6.0, entropy=0.02)
-NAIVE_AND_SUM = dict(buffer=0, entropy=0.0)  # of real models, as published
 MAY_CHANGE = ("iterations", "model", "micro_batch_tokens", "games_at_once")  # when a run goes on
 MAY_BE_0 = ("lr_half", "buffer", "max_message_tokens", "imitate", "seed", "prior_seed")
 
@@ -59,7 +59,7 @@ class Settings:
     rounds: int = flag(10, "rounds per game; the most, with --continue_prob")
     continue_prob: float = flag(1.0, "probability of one more round, drawn per group")
     max_message_tokens: int = flag(40, "longest message; 0: no talk")
-    imitate: int = flag(0, "steps of imitating scripted players first, see tiny.IMITATED")
+    imitate: int = flag(0, "steps of imitating scripted players first, see tiny.LESSONS")
     lr: float = flag(2e-5, "learning rate of Adam")
     lr_half: int = flag(0, "iterations in which it falls to its half, smoothly; 0: never")
     gamma: float = flag(0.9, "discount per round")
@@ -80,13 +80,14 @@ class Settings:
 
 
 def parse(argv):
-    """The Settings of a command line; of NAIVE_AND_SUM, PRESETS, IMITATING the last wins."""
+    """The Settings of a command line. IMITATING goes before PRESETS."""
     usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
     how = dict(usage=usage, allow_abbrev=False)
     known, _ = HfArgumentParser(Settings, add_help=False, **how).parse_known_args(argv)
     real, built_in = PRESETS.get(known.game, PRESETS["matrix"])
-    real = (NAIVE_AND_SUM if known.algo in ("naive", "sum") else {}) | real
     defaults = built_in if known.model in BUILT_IN else real | (IMITATING if known.imitate else {})
+    if known.algo in ("naive", "sum"):  # as published, but for a bonus that the tables ask for
+        defaults = {"entropy": 0.0, **defaults, "buffer": 0}
     if known.resume:
         defaults = read_json(known.resume, "config.json")
         if defaults.keys() != Settings.__dataclass_fields__.keys():
@@ -125,10 +126,10 @@ class Run:
             self.restore()
             return
         if settings.imitate:
-            lesson = Lesson(IMITATED, 0.05, settings.rounds, settings.imitate)
-            taught = [(conversations(lesson, settings.game, 1024, settings.seed), lesson.steps)]
-            parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing
-            imitate(*parts, taught, lr=6e-4, batch=8, seed=settings.seed)
+            lessons = LESSONS.get(("adapter", settings.game), LESSONS["adapter", "matrix"])
+            lessons = [each._replace(steps=each.steps * settings.imitate) for each in lessons]
+            parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing, settings.game
+            imitate(*parts, lessons, games=1024, lr=6e-4, batch=8, seed=settings.seed)
         name = settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}"
         self.folder, n = pathlib.Path(name), 1
         while self.folder.exists():

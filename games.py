@@ -260,8 +260,7 @@ def play(game, matches, seed, max_tokens, at_once=None):
 
 def meet(game, a, b, deals, rounds, seed, max_tokens, at_once=None):
     """Games of players `a` and `b`, in both seats of each deal: the Sides of a, deal by deal."""
-    pairs = (a, b), (b, a)
-    matches = [Match(n, n // 2, rounds, pairs[n % 2]) for n in range(2 * deals)]
+    matches = [Match(n, n // 2, rounds, ((a, b), (b, a))[n % 2]) for n in range(2 * deals)]
     play(game, matches, seed, max_tokens, at_once)
     return [Side(match, match.number % 2) for match in matches]
 

@@ -59,10 +59,10 @@ class PlayCache(transformers.Cache):
             self.stored[layer] = torch.stack(pair).repeat(1, B, 1, 1, 1)
 
     def prepare(self, rows, positions, columns):
-        """The next pass is over `rows` (ascending), writes at `positions` [n, S] and reads so many
-        columns. Neighbours are read as a slice, not a copy."""
-        self.rows, self.positions, self.columns = torch.tensor(rows)[:, None], positions, columns
-        are_neighbours = rows[-1] - rows[0] + 1 == len(rows)
+        """The next pass writes `rows` (ascending) at `positions` [n, S], reads so many columns."""
+        self.rows = torch.tensor(rows, device=positions.device)[:, None]
+        self.positions, self.columns = positions, columns
+        are_neighbours = rows[-1] - rows[0] + 1 == len(rows)  # read as a slice, not a copy
         self.row_index = slice(rows[0], rows[-1] + 1) if are_neighbours else rows
 
     def update(self, k, v, layer, *args, **kwargs):

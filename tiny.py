@@ -33,24 +33,26 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # the longest game, training steps. With `greed`, a probability, one seat draws a player anew for
 # every reply, and it alone is imitated; every act of the other seat is greedy so often, else fair.
 Lesson = namedtuple("Lesson", "shares noise rounds steps greed", defaults=[None])
-# What the built-in models are taught; the last lesson makes the prior. Hands are learned first, in
-# short games without noise; then, but not by tiny-blind, to return like for like.
+# What models are taught, one lesson after the other. Hands are learned first, in short games
+# without noise; then, but not by tiny-blind, to return like for like; the last makes the prior.
 SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
 MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
 ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, greed=0.5)
-TRUST = {"tit_for_tat": 0.33, "cooperate": 0.57, "defect": 0.02, "liar": 0.08}
+TRUST = {"tit_for_tat": 0.31, "cooperate": 0.59, "defect": 0.02, "liar": 0.08}
 SPLIT = {"tit_for_tat": 0.18, "cooperate": 0.57, "defect": 0.25}
-LESSONS = {  # by model and game; all other games are taught as matrix games are
+# Of a real model: reciprocity enough to build on, not so much that greed fails.
+IMITATED = {"tit_for_tat": 0.42, "cooperate": 0.33, "defect": 0.2, "random": 0.05}
+LESSONS = {  # by model and game (all others as matrix games); an adapter's steps: times --imitate
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
-    ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, greed=0.5)],
+    ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, greed=0.25)],
     ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, greed=0.25)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
+    ("adapter", "matrix"): [Lesson(IMITATED, 0.05, 5, 1)],
+    ("adapter", "trust_split"): [SHORT._replace(steps=5), Lesson(TRUST, 0.03, 5, 1, greed=0.25)],
 }
-# What `--imitate` teaches an adapter: reciprocity enough to build on, not so much that greed fails.
-IMITATED = {"tit_for_tat": 0.42, "cooperate": 0.33, "defect": 0.2, "random": 0.05}
-BUILT_IN = {model for model, _ in LESSONS}
+BUILT_IN = ("tiny", "tiny-blind")
 TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"
 TEMPLATE += "{{'<|assistant|>' if add_generation_prompt}}"
 DATE = "1 January 2026"  # today's would change the prompts of a run that is resumed tomorrow
@@ -144,8 +146,7 @@ class Framing:
         self.end_name, self.again = end[0], between[end.end() :]
         self.end = self.tokenizer.convert_tokens_to_ids(self.end_name)
         if not self.any_control.search(self.again + self.opener.replace(self.end_name, "")):
-            warning = "this model's roles are plain words, which the other's messages can imitate"
-            print(f"warning: {warning}", file=sys.stderr)
+            print("warning: messages can imitate this model's roles, plain words", file=sys.stderr)
         chat = ["Question: 1 or 2?", "A", 'The other said: "Hi."\nHow many?', "10 0 5", "Go on."]
         history = self.render(chat).removesuffix(self.opener)
         rendered = history.replace(past_opener, self.opener + self.prefix) + self.opener
@@ -216,29 +217,30 @@ def conversations(lesson, game, count, seed):
 def build_tokenizer(texts):
     """Byte-level BPE without word splitting: the fixed phrases of the prompts become single tokens.
     Only hands and the numbers of a reply stay tokens of their own: they are what players choose."""
-    tokenizer = Tokenizer(models.BPE())
+    bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"(?<![a-z,] )(?<!\d)\d+|rock|paper|scissors"), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
+    bpe.decoder = decoders.ByteLevel()
     alphabet, special = sorted(as_bytes.alphabet()), ["<|end|>", "<|user|>", "<|assistant|>"]
     size = dict(vocab_size=100_000, min_frequency=20, max_token_length=2000, show_progress=False)
     trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special, **size)
-    tokenizer.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(texts, trainer)
     names = dict(eos_token="<|end|>", chat_template=TEMPLATE)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
 
 
-def imitate(decoder, head, parameters, framing, lessons, lr, batch, seed):
+def imitate(decoder, head, parameters, framing, game, lessons, games, lr, batch, seed):
     """Train `parameters` of decoder and head by cross-entropy on replies, ends of turn included.
-    lessons: [(chats, training steps)]. batch: chats per step."""
+    games: so many are played for each lesson. batch: chats per step."""
     rng, parameters = np.random.default_rng(seed), list(parameters)
-    total = sum(steps for _, steps in lessons)
+    total = sum(lesson.steps for lesson in lessons)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, max(11, total), pct_start=0.1)
-    for chats, steps in lessons:
+    for lesson in lessons:
+        chats = conversations(lesson, game, games, seed)
         dialogues = functools.cache(lambda n, chats=chats: torch.tensor(framing.dialogue(chats[n])))
-        for _ in tqdm(range(steps), desc="imitating scripted players", leave=False):
+        for _ in tqdm(range(lesson.steps), desc="imitating scripted players", leave=False):
             rows = [dialogues(n) for n in rng.integers(len(chats), size=batch).tolist()]
             ids, replies = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).unbind(-1)
             ids = ids.to(parameters[0].device)  # [B, S]
@@ -266,15 +268,14 @@ def load_built_in(name, game, seed=0):
         if not folder.exists():
             tempfile.TemporaryFile(dir=folder.parent).close()  # fail now, not after the warm-up
     if not folder.exists():
-        taught = [(conversations(lesson, game, 4096, seed), lesson.steps) for lesson in lessons]
-        tokenizer = build_tokenizer([text for chat in taught[-1][0][:512] for text in chat])
+        tokenizer = build_tokenizer(sum(conversations(lessons[-1], game, 512, seed)[:512], []))
         torch.manual_seed(seed)
         size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2)
         size |= dict(num_attention_heads=4, max_position_embeddings=8192, bos_token_id=None)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size))
         model.lm_head.weight.data *= 20  # adapters leave it alone: a flat one would bind them
         parts = model.model, model.lm_head, model.parameters(), Framing(tokenizer)
-        imitate(*parts, taught, lr=3e-3, batch=32, seed=seed)
+        imitate(*parts, game, lessons, games=4096, lr=3e-3, batch=32, seed=seed)
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as fresh:
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)

@@ -52,7 +52,7 @@ def gradient(llm, episodes, credit):
     ratios = []
     for batch in score(llm, episodes, 2048):
         ratios.append((batch.logp - batch.logp_play).detach().double())
-        (credit[batch.episode, batch.round].to(batch.logp) * batch.logp).sum().backward()
+        (credit.to(batch.logp)[batch.episode, batch.round] * batch.logp).sum().backward()
     weights = sorted(adapter(llm).items())
     return torch.cat([p.grad.float().flatten() for _, p in weights]), torch.cat(ratios)
 

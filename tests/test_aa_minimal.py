@@ -963,9 +963,8 @@ def said_by_a_defector(run):
 
 
 def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(aa_minimal.IMITATED, "defect", 1.0)
-    for name in ("cooperate", "tit_for_tat", "random"):
-        monkeypatch.setitem(aa_minimal.IMITATED, name, 0.0)
+    defectors = tiny.Lesson({"defect": 1.0}, 0.05, 3, 1)
+    monkeypatch.setitem(aa_minimal.LESSONS, ("adapter", "matrix"), [defectors])
     flags = [*TINY, "--rounds", "3", "--games", "4", "--group_size", "2"]
     plain = Run(parse([*flags, "--out", str(tmp_path / "plain")]))
     taught = Run(parse([*flags, "--imitate", "40", "--out", str(tmp_path / "taught")]))
@@ -981,17 +980,22 @@ def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_p
     assert said_by_a_defector(again) == pytest.approx(said)
 
 
-def test_real_naive_and_joint_learners_have_no_past_selves_and_no_bonus_as_published():
-    """The built-in model's credits differ in nothing else."""
+def test_naive_and_joint_learners_have_no_past_selves_and_no_bonus_as_published():
+    """Their settings differ from those of the other credits in nothing else."""
     for algo in CREDITS:
-        real = ["--game", "ipd", "--model", "some/model", "--algo", algo]
-        plain = (parse(real).buffer, parse(real).entropy) == (0, 0)
-        assert plain == (algo in ("naive", "sum"))
-        assert parse([*real, "--buffer", "5"]).buffer == 5
-        built_in = vars(parse([*TINY, "--algo", algo]))
-        assert built_in == vars(parse(TINY)) | {"algo": algo}
-        imitating = vars(parse([*real, "--imitate", "25"]))
-        assert imitating["entropy"] == aa_minimal.IMITATING["entropy"]
+        published = dict(buffer=0, entropy=0.0) if algo in ("naive", "sum") else {}
+        for flags in (["--game", "ipd", "--model", "some/model"], TINY):
+            assert vars(parse([*flags, "--algo", algo])) == vars(parse(flags)) | published | {
+                "algo": algo
+            }
+            assert parse([*flags, "--algo", algo, "--buffer", "5", "--entropy", ".5"]).buffer == 5
+
+
+def test_a_bonus_that_a_table_asks_for_is_that_of_naive_learners_too():
+    real = ["--game", "ipd", "--model", "some/model", "--imitate", "25", "--algo", "naive"]
+    assert parse(real).entropy == aa_minimal.IMITATING["entropy"]
+    built_in = ["--game", "trust_split", "--model", "tiny", "--algo", "naive"]
+    assert (parse(built_in).entropy, parse(built_in).buffer) == (0.003, 0)
 
 
 def test_real_models_that_imitate_have_settings_of_their_own():

@@ -740,7 +740,8 @@ def test_a_lesson_against_others_is_what_one_seat_says_to_them():
 
 def test_imitation_descends_the_cross_entropy_of_replies_and_their_ends(monkeypatch):
     framing, model, grads = own_framing(), own_model(), []
-    chats = tiny.conversations(MIXED, "trust_split", 4, 0)
+    lesson = MIXED._replace(steps=1)
+    chats = tiny.conversations(lesson, "trust_split", 4, 0)
     assert len({len(framing.dialogue(chat)) for chat in chats}) > 2  # rows are padded
     decoder = Recorded(model.model)
 
@@ -750,7 +751,8 @@ def test_imitation_descends_the_cross_entropy_of_replies_and_their_ends(monkeypa
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     weights = list(model.parameters())
     before = [p.detach().clone() for p in weights]
-    tiny.imitate(decoder, model.lm_head, weights, framing, [(chats, 1)], 1e-3, 5, seed=0)
+    parts = decoder, model.lm_head, weights, framing
+    tiny.imitate(*parts, "trust_split", [lesson], games=4, lr=1e-3, batch=5, seed=0)
     assert any(not torch.equal(p, old) for p, old in zip(weights, before))
     with torch.no_grad():
         for p, old in zip(weights, before):
@@ -772,10 +774,11 @@ def test_imitation_descends_the_cross_entropy_of_replies_and_their_ends(monkeypa
 
 def test_imitation_learns_whom_it_imitates():
     framing, model = own_framing(), own_model()
-    chats = tiny.conversations(FAIR, "ipd", 20, 0)
     parts = model.model, model.lm_head, model.parameters(), framing
-    tiny.imitate(*parts, [(chats, 80)], lr=1e-2, batch=4, seed=0)
-    logits = model(torch.tensor([framing.user(chats[0][0], first=True)])).logits[0, -1]
+    lesson = FAIR._replace(steps=80)
+    tiny.imitate(*parts, "ipd", [lesson], games=20, lr=1e-2, batch=4, seed=0)
+    [chat, *_] = tiny.conversations(FAIR, "ipd", 1, 0)
+    logits = model(torch.tensor([framing.user(chat[0], first=True)])).logits[0, -1]
     a, b = framing.reply("A")[0], framing.reply("B")[0]
     assert logits.softmax(-1)[a] > 0.9 > 0.1 > logits.softmax(-1)[b]
 
