@@ -31,7 +31,7 @@ TINY_TRUST = TINY | dict(games=96, iterations=54, lr=7e-4, beta=3.0, entropy=3e-
 TINY_TRUST |= dict(lr_half=50, max_message_tokens=3)
 TINY_SPLIT = TINY_TRUST | dict(iterations=42, lr=6e-4, lr_half=0, beta=5.0, entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
-    "matrix": ({}, TINY),  # and all other games
+    "matrix": ({}, TINY | dict(buffer=30, entropy=0.01)),  # and all other games
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
@@ -80,14 +80,14 @@ class Settings:
 
 
 def parse(argv):
-    """The Settings of a command line. IMITATING goes before PRESETS."""
+    """The Settings of a command line; IMITATING goes before PRESETS."""
     usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
     how = dict(usage=usage, allow_abbrev=False)
     known, _ = HfArgumentParser(Settings, add_help=False, **how).parse_known_args(argv)
     real, built_in = PRESETS.get(known.game, PRESETS["matrix"])
     defaults = built_in if known.model in BUILT_IN else real | (IMITATING if known.imitate else {})
-    if known.algo in ("naive", "sum"):  # as published, but for a bonus that the tables ask for
-        defaults = {"entropy": 0.0, **defaults, "buffer": 0}
+    if known.algo in ("naive", "sum"):  # as published, where no table says otherwise
+        defaults = dict(buffer=0, entropy=0.0) | defaults
     if known.resume:
         defaults = read_json(known.resume, "config.json")
         if defaults.keys() != Settings.__dataclass_fields__.keys():

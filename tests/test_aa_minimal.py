@@ -980,22 +980,19 @@ def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_p
     assert said_by_a_defector(again) == pytest.approx(said)
 
 
-def test_naive_and_joint_learners_have_no_past_selves_and_no_bonus_as_published():
+def test_naive_and_joint_learners_have_no_past_selves_and_no_bonus_unless_a_table_asks_for_them():
     """Their settings differ from those of the other credits in nothing else."""
+    real, split = ["--game", "ipd", "--model", "some/model"], ["--game", "split", "--model", "tiny"]
     for algo in CREDITS:
         published = dict(buffer=0, entropy=0.0) if algo in ("naive", "sum") else {}
-        for flags in (["--game", "ipd", "--model", "some/model"], TINY):
-            assert vars(parse([*flags, "--algo", algo])) == vars(parse(flags)) | published | {
-                "algo": algo
-            }
-            assert parse([*flags, "--algo", algo, "--buffer", "5", "--entropy", ".5"]).buffer == 5
-
-
-def test_a_bonus_that_a_table_asks_for_is_that_of_naive_learners_too():
-    real = ["--game", "ipd", "--model", "some/model", "--imitate", "25", "--algo", "naive"]
-    assert parse(real).entropy == aa_minimal.IMITATING["entropy"]
-    built_in = ["--game", "trust_split", "--model", "tiny", "--algo", "naive"]
-    assert (parse(built_in).entropy, parse(built_in).buffer) == (0.003, 0)
+        for flags in (real, split, TINY):
+            more = {"algo": algo} | (published if flags != TINY else {})
+            assert vars(parse([*flags, "--algo", algo])) == vars(parse(flags)) | more
+            assert parse([*flags, "--algo", algo, "--buffer", "5"]).buffer == 5
+    imitating = parse([*real, "--imitate", "25", "--algo", "naive"])
+    assert imitating.entropy == aa_minimal.IMITATING["entropy"]
+    talking = parse(["--game", "trust_split", "--model", "tiny", "--algo", "naive"])
+    assert (talking.entropy, talking.buffer) == (0.003, 0)
 
 
 def test_real_models_that_imitate_have_settings_of_their_own():
