@@ -31,7 +31,7 @@ TINY_TRUST = TINY | dict(games=96, iterations=54, lr=7e-4, beta=3.0, entropy=3e-
 TINY_TRUST |= dict(lr_half=50, max_message_tokens=3)
 TINY_SPLIT = TINY_TRUST | dict(iterations=42, lr=6e-4, lr_half=0, beta=5.0, entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
-    "matrix": ({}, TINY | dict(buffer=30, entropy=0.01)),  # and all other games
+    "matrix": ({}, TINY | dict(buffer=30, entropy=0.01)),  # and all others; naive and sum, too
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
@@ -59,7 +59,9 @@ class Settings:
     rounds: int = flag(10, "rounds per game; the most, with --continue_prob")
     continue_prob: float = flag(1.0, "probability of one more round, drawn per group")
     max_message_tokens: int = flag(40, "longest message; 0: no talk")
-    imitate: int = flag(0, "steps of imitating scripted players first, see tiny.LESSONS")
+    imitate: int = flag(
+        0, "steps of imitation before training (the last lesson's, see tiny.LESSONS)"
+    )
     lr: float = flag(2e-5, "learning rate of Adam")
     lr_half: int = flag(0, "iterations in which it falls to its half, smoothly; 0: never")
     gamma: float = flag(0.9, "discount per round")
@@ -80,7 +82,7 @@ class Settings:
 
 
 def parse(argv):
-    """The Settings of a command line; IMITATING goes before PRESETS."""
+    """The Settings of a command line. Where PRESETS and IMITATING differ, IMITATING counts."""
     usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
     how = dict(usage=usage, allow_abbrev=False)
     known, _ = HfArgumentParser(Settings, add_help=False, **how).parse_known_args(argv)
@@ -269,7 +271,6 @@ def train(run):
             run.optimizer.param_groups[0]["lr"] = settings.lr / 2 ** (iteration / settings.lr_half)
         run.optimizer.step()
         run.iteration += 1
-        # Log and save.
         line = {"iteration": iteration, "entropy": entropy.mean().item(), "kl": kl.mean().item()}
         line |= {"grad_norm": grad_norm, "ratio_max": ratio.max().item(), "sampled_tokens": N}
         line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()  # rounding
@@ -293,7 +294,7 @@ def check_update(ratio, grad_norm):
     if not (np.isfinite(grad_norm) and apart < 0.3):
         problem = f"gradient norm {grad_norm:.3g}, log-probs off by {apart:.3g} on average"
         raise UserError(f"the update went wrong ({problem}); start anew with a lower --lr")
-    if ratio.log().abs().max() > np.log(4):  # up to 1.6 is usual in 16 or 4 bits
+    if ratio.log().abs().max() > np.log(4):  # up to 1.8 is usual in 16 or 4 bits
         warn("a token's probability in the update was over 4 times off")
 
 

@@ -271,6 +271,7 @@ def parse(argv):
     add("--model", help=f"what `base` and adapters stand on {of_run}")
     add("--rounds", type=int, help=f"rounds per game {of_run}")
     add("--games", type=int, help="deals per pair, in both seats each (default: 64, with human 1)")
+    add("--max_message_tokens", type=int, help=f"longest message {of_run}")
     add("--games_at_once", type=int, help="games played at a time; fewer need less memory")
     add("--seed", type=int, default=0, help="fixes deals and sampling")
     other_words = "models read and say NEW in place of OLD, a word or a sentence; may be repeated"
@@ -285,8 +286,9 @@ def parse(argv):
     for run, config in zip(runs, configs):
         if config.get("game") != args.game or args.game not in GAMES:
             parser.error(f"{run} plays {config.get('game')}, not {args.game}: evaluate it apart")
-    if min(args.rounds, args.games, args.games_at_once, args.seed + 1) < 1:
-        parser.error("--rounds, --games and --games_at_once begin at 1, --seed at 0")
+    n = min(args.rounds, args.games, args.games_at_once, args.seed + 1, args.max_message_tokens + 1)
+    if n < 1:
+        parser.error("--rounds, --games, --games_at_once begin at 1, --seed and tokens at 0")
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         parser.error(f"--out {args.out} is in no folder")
     return args

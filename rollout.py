@@ -58,20 +58,19 @@ class PlayCache(transformers.Cache):
         for layer, pair in opening.items():
             self.stored[layer] = torch.stack(pair).repeat(1, B, 1, 1, 1)
 
-    def prepare(self, rows, positions, columns):
-        """The next pass writes `rows` (ascending) at `positions` [n, S], reads so many columns."""
-        self.rows = torch.tensor(rows, device=positions.device)[:, None]
-        self.positions, self.columns = positions, columns
+    def prepare(self, rows, places, columns):
+        """The next pass writes `rows` (ascending) at `places` [n, S] and reads so many columns."""
+        self.rows, self.places, self.columns = torch.tensor(rows).to(places.device), places, columns
         are_neighbours = rows[-1] - rows[0] + 1 == len(rows)  # read as a slice, not a copy
-        self.row_index = slice(rows[0], rows[-1] + 1) if are_neighbours else rows
+        self.row_index = slice(rows[0], rows[-1] + 1) if are_neighbours else self.rows
 
     def update(self, k, v, layer, *args, **kwargs):
         missing = self.columns - self.stored[layer].shape[3]
         if missing > 0:  # grow by a quarter
             self.stored[layer] = F.pad(self.stored[layer], (0, 0, 0, missing + self.columns // 4))
         stored = self.stored[layer]
-        stored[0][self.rows, :, self.positions] = k.transpose(1, 2)
-        stored[1][self.rows, :, self.positions] = v.transpose(1, 2)
+        stored[0][self.rows[:, None], :, self.places] = k.transpose(1, 2)
+        stored[1][self.rows[:, None], :, self.places] = v.transpose(1, 2)
         return tuple(stored[:, self.row_index, :, : self.columns])
 
 

@@ -33,8 +33,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 # the longest game, training steps. With `greed`, a probability, one seat draws a player anew for
 # every reply, and it alone is imitated; every act of the other seat is greedy so often, else fair.
 Lesson = namedtuple("Lesson", "shares noise rounds steps greed", defaults=[None])
-# What models are taught, one lesson after the other. Hands are learned first, in short games
-# without noise; then, but not by tiny-blind, to return like for like; the last makes the prior.
+# What models are taught in turn: the rules; to return like for like; the last makes the prior.
 SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)
 LONG = Lesson({"cooperate": 1.0}, 0.0, 10, 100)
 MUTUAL = Lesson({"tit_for_tat": 0.6, "defect": 0.4}, 0.05, 10, 300)
@@ -42,9 +41,8 @@ MATRIX = {"tit_for_tat": 0.35, "cooperate": 0.35, "defect": 0.2, "random": 0.1}
 ALIKE = Lesson({"tit_for_tat": 1.0}, 0.03, 10, 250, greed=0.5)
 TRUST = {"tit_for_tat": 0.31, "cooperate": 0.59, "defect": 0.02, "liar": 0.08}
 SPLIT = {"tit_for_tat": 0.18, "cooperate": 0.57, "defect": 0.25}
-# Of a real model: reciprocity enough to build on, not so much that greed fails.
 IMITATED = {"tit_for_tat": 0.42, "cooperate": 0.33, "defect": 0.2, "random": 0.05}
-LESSONS = {  # by model and game (all others as matrix games); an adapter's steps: times --imitate
+LESSONS = {  # by model and game (all others as matrix games); an adapter's steps times --imitate
     ("tiny", "matrix"): [MUTUAL, Lesson(MATRIX, 0.05, 10, 350)],
     ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, greed=0.25)],
     ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, greed=0.25)],
@@ -146,7 +144,7 @@ class Framing:
         self.end_name, self.again = end[0], between[end.end() :]
         self.end = self.tokenizer.convert_tokens_to_ids(self.end_name)
         if not self.any_control.search(self.again + self.opener.replace(self.end_name, "")):
-            print("warning: messages can imitate this model's roles, plain words", file=sys.stderr)
+            print("warning: messages can forge this model's roles (plain words)", file=sys.stderr)
         chat = ["Question: 1 or 2?", "A", 'The other said: "Hi."\nHow many?', "10 0 5", "Go on."]
         history = self.render(chat).removesuffix(self.opener)
         rendered = history.replace(past_opener, self.opener + self.prefix) + self.opener
@@ -232,7 +230,7 @@ def build_tokenizer(texts):
 
 def imitate(decoder, head, parameters, framing, game, lessons, games, lr, batch, seed):
     """Train `parameters` of decoder and head by cross-entropy on replies, ends of turn included.
-    games: so many are played for each lesson. batch: chats per step."""
+    lessons: taught in turn, each on so many games of `game`. batch: chats per step."""
     rng, parameters = np.random.default_rng(seed), list(parameters)
     total = sum(lesson.steps for lesson in lessons)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)

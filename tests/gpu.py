@@ -3,6 +3,7 @@
     python tests/gpu.py DIR                      the folder of a real model: its tokenizer is used
     python tests/gpu.py DIR --quant nf4 --limit 8              in 4 bits, on a card of so many GB
 
+It takes minutes; `--rounds 2` is shorter. GB are 2^30 bytes, and CUDA's own half is not counted.
 The weights are random, so nearly every message has its full length: an upper bound. A pass that
 samples a token must at least read the weights once; `floor` is the time which that takes at the
 speed of a large copy on the same card."""
@@ -21,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import aa_minimal
 from eval import report
+from tiny import UserError
 
 SHAPE = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, vocab_size=151936)
 SHAPE |= dict(num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True)
@@ -59,6 +61,8 @@ def main(argv=None):
     parser.add_argument("--limit", type=float, help="GB of the card that may be used")
     parser.add_argument("--rounds", default="10", help="rounds per game")
     args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise UserError("there is no GPU here: run it where there is one")
     peaks, passes = {}, []
     draw, plain_score = aa_minimal.draw_matches, aa_minimal.score
     read = aa_minimal.Policy.read_news
@@ -101,8 +105,8 @@ def main(argv=None):
     of_pass = f"{milliseconds:.1f} ms each, {sum(passes) / n:.1f} rows"
     allowed = args.limit or total / GB
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.quant}")
-    print(f"GB: model and adapter {loaded:.2f}, at most in play {peaks['play']:.2f}, in the update")
-    print(f"{peaks['update']:.2f}, reserved {reserved:.2f}; allowed {allowed:.1f}")
+    print(f"GB: model and adapter {loaded:.2f}, reserved at most {reserved:.2f} of {allowed:.1f}")
+    print(f"GB at most in play {peaks['play']:.2f}, in the update {peaks['update']:.2f}")
     print(f"play {line['seconds_play']:.1f} s, update {line['seconds_update']:.1f} s")
     print(f"{line['sampled_tokens']} sampled tokens of the learner; {n} passes of play, {of_pass}")
     print(f"floor of a pass {1000 * weights / speed:.2f} ms ({speed / 1e9:.0f} GB/s)")

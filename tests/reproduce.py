@@ -38,9 +38,6 @@ Row = namedtuple("Row", "name flags seeds priors kernels", defaults=[range(5), (
 GOAL = {"ipd": 2.9, "trust_split": 47}  # points; falls are counted from there on
 CREDITS = ("naive", "sum", "aa", "aa_causal")
 SCRIPTED = "tit_for_tat grim cooperate defect random"
-# Trust-and-Split in smaller groups, with a KL in place of the entropy bonus; with a larger bonus.
-TRUST_KL = "--game trust_split --entropy 0 --kl 0.01 --games 96 --iterations 40 --group_size 8"
-TRUST_ENTROPY = "--game trust_split --entropy 0.01 --games 128 --iterations 45 --group_size 8"
 POOL = f"--algo naive --opponent self self self self self {SCRIPTED}"  # half is self-play
 REAL = "--game ipd --model {model} --imitate 25 --micro_batch_tokens 2048"
 STRANGERS = ("ipd-aa_causal", "ipd-aa", "trust-aa_causal", "trust-aa")  # rows, on prior 0
@@ -76,11 +73,9 @@ PARTS = {
     "kernels": over(("aa_causal", "aa"), "ipd-default --game ipd", kernels="default")
     + over(("aa_causal", "aa"), "ipd-avx2 --game ipd", kernels="avx2"),
     "long": over(("aa_causal", "aa"), "ipd-long --game ipd --iterations 120", priors=range(4))
-    + over(("aa_causal",), "trust-long --game trust_split --iterations 96", priors=range(2)),
+    + over(("aa_causal",), "trust-long --game trust_split --iterations 108", priors=range(2)),
     "variants": over(("jit",), "ipd --game ipd")
     + over(("jit",), "trust --game trust_split")
-    + over(("naive", "aa_causal"), f"trust-kl {TRUST_KL}", priors=range(2))
-    + over(("naive", "aa_causal"), f"trust-entropy {TRUST_ENTROPY}", priors=range(2))
     + [
         Row("ipd-batch", "--game ipd --baseline batch"),
         Row("ipd-no-past", "--game ipd --buffer 0"),
@@ -101,7 +96,7 @@ PARTS = {
     ],
     "pool": [
         Row("ipd-pool", f"--game ipd {POOL}", priors=range(2)),
-        Row("trust-pool", f"{TRUST_KL} {POOL} self liar", priors=range(2)),
+        Row("trust-pool", f"--game trust_split {POOL} self liar", priors=range(2)),
     ],
     "real": over(("aa_causal", "aa"), f"real {REAL}", seeds=range(1, 4))
     + over(("naive", "sum"), f"real {REAL} --iterations 8", seeds=range(1, 4))

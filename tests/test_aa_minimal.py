@@ -980,6 +980,23 @@ def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_p
     assert said_by_a_defector(again) == pytest.approx(said)
 
 
+def test_an_adapter_is_taught_all_its_lessons_in_so_many_times_the_steps(tmp_path, monkeypatch):
+    rules, last = aa_minimal.LESSONS["adapter", "trust_split"]
+    assert (rules.shares, rules.noise, rules.steps) == ({"cooperate": 1.0}, 0, 5 * last.steps)
+    assert {"tit_for_tat", "defect", "liar"} < last.shares.keys() and last.greed
+    monkeypatch.setitem(aa_minimal.LESSONS, ("adapter", "matrix"), [rules, last])
+    seen = {}
+
+    def record(*args, **more):
+        seen.update(game=args[4], lessons=args[5])
+
+    monkeypatch.setattr(aa_minimal, "imitate", record)
+    Run(parse([*TINY, "--imitate", "7", "--out", str(tmp_path / "run")]))
+    want = [rules._replace(steps=35), last._replace(steps=7)]
+    assert seen == {"game": "ipd", "lessons": want}
+    assert aa_minimal.LESSONS["adapter", "matrix"] == [rules, last]
+
+
 def test_naive_and_joint_learners_have_no_past_selves_and_no_bonus_unless_a_table_asks_for_them():
     """Their settings differ from those of the other credits in nothing else."""
     real, split = ["--game", "ipd", "--model", "some/model"], ["--game", "split", "--model", "tiny"]

@@ -308,8 +308,9 @@ def test_what_an_evaluation_leaves_open_is_that_of_the_first_run(trained, tmp_pa
     assert results["defector"]["cooperate"]["points"] > 4.5
     mine, theirs = results["defector"]["base"], results["base"]["defector"]
     assert mine["points"] > theirs["points"] + 1
-    given = evaluate(tmp_path, trained, "--games", 1, "--rounds", 2, "--games_at_once", 1)
-    assert given["settings"]["rounds"] == 2 and given["settings"]["games_at_once"] == 1
+    flags = ["--games", 1, "--rounds", 2, "--games_at_once", 1, "--max_message_tokens", 0]
+    given = evaluate(tmp_path, trained, *flags)["settings"]
+    assert (given["rounds"], given["games_at_once"], given["max_message_tokens"]) == (2, 1, 0)
 
 
 def test_an_evaluation_repeats_itself_and_does_not_depend_on_how_many_play_at_once(
@@ -336,6 +337,7 @@ def test_in_other_words_an_agent_bound_to_a_letter_does_the_opposite(trained, tm
         (["grim", "--games", "0"], "--games"),
         (["grim", "--rounds", "0"], "--rounds"),
         (["grim", "--games_at_once", "0"], "--games_at_once"),
+        (["grim", "--max_message_tokens", "-1"], "tokens at 0"),
         (["grim", "--seed", "-1"], "--seed"),
         (["grim", "--game", "chess"], "chess"),
         (["grim", "--game", "ipd", "--out", "no/where.json"], "no/where.json"),
