@@ -31,7 +31,7 @@ TINY_TRUST = TINY | dict(games=96, iterations=54, lr=7e-4, beta=3.0, entropy=3e-
 TINY_TRUST |= dict(lr_half=50, max_message_tokens=3)
 TINY_SPLIT = TINY_TRUST | dict(iterations=42, lr=6e-4, lr_half=0, beta=5.0, entropy=0.0, kl=0.01)
 PRESETS = {  # defaults in place of those of Settings: (of real models, of the built-in one)
-    "matrix": ({}, TINY | dict(buffer=30, entropy=0.01)),  # and all others; naive and sum, too
+    "matrix": ({}, TINY | dict(buffer=30, entropy=0.01)),  # and other games; binds naive and sum
     "trust_split": (dict(gamma=0.96, beta=2.0, entropy=0.0, kl=0.001), TINY_TRUST),
     "split": (dict(beta=1.0, entropy=0.0, kl=0.001), TINY_SPLIT),
 }
@@ -59,9 +59,7 @@ class Settings:
     rounds: int = flag(10, "rounds per game; the most, with --continue_prob")
     continue_prob: float = flag(1.0, "probability of one more round, drawn per group")
     max_message_tokens: int = flag(40, "longest message; 0: no talk")
-    imitate: int = flag(
-        0, "steps of imitation before training (the last lesson's, see tiny.LESSONS)"
-    )
+    imitate: int = flag(0, "steps of imitation first (of the last lesson, see tiny.LESSONS)")
     lr: float = flag(2e-5, "learning rate of Adam")
     lr_half: int = flag(0, "iterations in which it falls to its half, smoothly; 0: never")
     gamma: float = flag(0.9, "discount per round")
@@ -271,6 +269,7 @@ def train(run):
             run.optimizer.param_groups[0]["lr"] = settings.lr / 2 ** (iteration / settings.lr_half)
         run.optimizer.step()
         run.iteration += 1
+        # Log and save.
         line = {"iteration": iteration, "entropy": entropy.mean().item(), "kl": kl.mean().item()}
         line |= {"grad_norm": grad_norm, "ratio_max": ratio.max().item(), "sampled_tokens": N}
         line["zero_credit"] = (credit.abs() < 1e-5).all(dim=1).double().mean().item()  # rounding

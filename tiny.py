@@ -266,7 +266,8 @@ def load_built_in(name, game, seed=0):
         if not folder.exists():
             tempfile.TemporaryFile(dir=folder.parent).close()  # fail now, not after the warm-up
     if not folder.exists():
-        tokenizer = build_tokenizer(sum(conversations(lessons[-1], game, 512, seed)[:512], []))
+        chats = conversations(lessons[-1], game, 512, seed)[:512]
+        tokenizer = build_tokenizer([text for chat in chats for text in chat])
         torch.manual_seed(seed)
         size = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2)
         size |= dict(num_attention_heads=4, max_position_embeddings=8192, bos_token_id=None)
