@@ -73,7 +73,7 @@ PARTS = {
     "kernels": over(("aa_causal", "aa"), "ipd-default --game ipd", kernels="default")
     + over(("aa_causal", "aa"), "ipd-avx2 --game ipd", kernels="avx2"),
     "long": over(("aa_causal", "aa"), "ipd-long --game ipd --iterations 120", priors=range(4))
-    + over(("aa_causal",), "trust-long --game trust_split --iterations 108", priors=range(2)),
+    + over(("aa_causal", "aa"), "trust-long --game trust_split --iterations 108", priors=range(2)),
     "variants": over(("jit",), "ipd --game ipd")
     + over(("jit",), "trust --game trust_split")
     + [
