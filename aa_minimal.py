@@ -127,7 +127,8 @@ class Run:
             return
         if settings.imitate:
             lessons = LESSONS.get(("adapter", settings.game), LESSONS["adapter", "matrix"])
-            lessons = [each._replace(steps=each.steps * settings.imitate) for each in lessons]
+            n, T = settings.imitate, settings.rounds  # no longer games than the run will play
+            lessons = [a._replace(steps=n * a.steps, rounds=min(a.rounds, T)) for a in lessons]
             parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing, settings.game
             imitate(*parts, lessons, games=1024, lr=6e-4, batch=8, seed=settings.seed)
         name = settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}"

@@ -40,7 +40,7 @@ def report(program, main):
         advice = "lower --games_at_once (play) or --micro_batch_tokens (update)"
         print(f"{program}: out of memory; {advice}", file=sys.stderr)
     except (KeyboardInterrupt, EOFError) as error:
-        print(f"\n{program}: stopped; {str(error) or 'nothing was saved'}", file=sys.stderr)
+        print(f"\n{program}: stopped; {str(error) or 'nothing new was saved'}", file=sys.stderr)
         return 130
     return 2
 

@@ -227,8 +227,7 @@ def play(game, matches, seed, max_tokens, at_once=None):
         for start in range(0, len(matches), at_once):
             play(game, matches[start : start + at_once], seed, max_tokens)
         return
-    keys = defaultdict(list)  # by player
-    rules, turns = {}, {}  # by match
+    keys, rules, turns = defaultdict(list), {}, {}  # by player; by match; by match
     for match in matches:
         for seat in (0, 1):
             keys[match.players[seat]].append((match.number, seat))

@@ -47,8 +47,8 @@ LESSONS = {  # by model and game (all others as matrix games); an adapter's step
     ("tiny", "trust_split"): [SHORT, LONG, ALIKE, Lesson(TRUST, 0.03, 10, 400, greed=0.25)],
     ("tiny", "split"): [SHORT, LONG, ALIKE, Lesson(SPLIT, 0.03, 10, 400, greed=0.25)],
     ("tiny-blind", "matrix"): [LONG, Lesson({"cooperate": 0.7, "defect": 0.3}, 0.05, 10, 350)],
-    ("adapter", "matrix"): [Lesson(IMITATED, 0.05, 5, 1)],
-    ("adapter", "trust_split"): [SHORT._replace(steps=5), Lesson(TRUST, 0.03, 5, 1, greed=0.25)],
+    ("adapter", "matrix"): [Lesson(IMITATED, 0.05, 10, 1)],
+    ("adapter", "trust_split"): [SHORT._replace(steps=5), Lesson(TRUST, 0.03, 10, 1, greed=0.25)],
 }
 BUILT_IN = ("tiny", "tiny-blind")
 TEMPLATE = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>{% endfor %}"

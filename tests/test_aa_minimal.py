@@ -980,7 +980,9 @@ def test_imitation_teaches_the_adapter_before_the_first_iteration_and_once(tmp_p
     assert said_by_a_defector(again) == pytest.approx(said)
 
 
-def test_an_adapter_is_taught_all_its_lessons_in_so_many_times_the_steps(tmp_path, monkeypatch):
+def test_an_adapter_is_taught_all_its_lessons_on_games_no_longer_than_its_run(
+    tmp_path, monkeypatch
+):
     rules, last = aa_minimal.LESSONS["adapter", "trust_split"]
     assert (rules.shares, rules.noise, rules.steps) == ({"cooperate": 1.0}, 0, 5 * last.steps)
     assert {"tit_for_tat", "defect", "liar"} < last.shares.keys() and last.greed
@@ -991,8 +993,10 @@ def test_an_adapter_is_taught_all_its_lessons_in_so_many_times_the_steps(tmp_pat
         seen.update(game=args[4], lessons=args[5])
 
     monkeypatch.setattr(aa_minimal, "imitate", record)
-    Run(parse([*TINY, "--imitate", "7", "--out", str(tmp_path / "run")]))
-    want = [rules._replace(steps=35), last._replace(steps=7)]
+    flags = [*TINY, "--imitate", "7", "--rounds", "3"]
+    Run(parse([*flags, "--out", str(tmp_path / "run")]))
+    want = [rules._replace(steps=35, rounds=2), last._replace(steps=7, rounds=3)]
+    assert (rules.rounds, last.rounds) == (2, 10)
     assert seen == {"game": "ipd", "lessons": want}
     assert aa_minimal.LESSONS["adapter", "matrix"] == [rules, last]
 

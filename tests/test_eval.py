@@ -407,7 +407,7 @@ def test_lines_of_a_file_are_read_up_to_the_last_whole_one(tmp_path):
         (tiny.UserError("no such thing"), 2, ["no such thing"]),
         (FileNotFoundError(2, "No such file", "gone.json"), 2, ["gone.json"]),
         (torch.OutOfMemoryError("CUDA"), 2, ["--games_at_once", "--micro_batch_tokens"]),
-        (KeyboardInterrupt(), 130, ["nothing was saved"]),
+        (KeyboardInterrupt(), 130, ["nothing new was saved"]),
         (KeyboardInterrupt("--resume runs/a goes on"), 130, ["stopped", "--resume runs/a goes on"]),
         (EOFError("end of input"), 130, ["stopped"]),
     ],
