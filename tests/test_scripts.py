@@ -96,6 +96,23 @@ def test_finished_runs_are_not_made_again_and_a_failed_one_is_named(runs, monkey
     assert called[1] == ["aa_minimal.py", "--resume", str(folder)]
 
 
+def test_an_agent_is_tried_in_other_words_and_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path)
+    assert reproduce.reword(1, "letters swapped", True).endswith("| is missing | |")
+    size = "--iterations 1 --games 4 --group_size 2 --rounds 3".split()
+    out = ["--out", str(reproduce.folder_of("real-aa_causal", 1, 0))]
+    aa_minimal.main(["--game", "ipd", "--model", "tiny", *size, *out])
+    assert "is missing" in reproduce.reword(1, "letters swapped", False)  # tables only
+    line = reproduce.reword(1, "letters swapped", True)
+    _, agent, points, shares, _ = line.split("|")
+    assert agent.strip() == "seed 1, letters swapped" and 0 <= float(points) <= 5
+    assert len(shares.split()) == 5
+    written = json.loads((tmp_path / "words-1-letters-swapped.json").read_text())
+    assert written["settings"]["words"] == [["A", "B"], ["B", "A"]]
+    monkeypatch.setattr(reproduce.subprocess, "run", None)  # it is not played again
+    assert reproduce.reword(1, "letters swapped", True) == line
+
+
 def test_parts_that_are_not_there_are_refused(capsys):
     with pytest.raises(SystemExit):
         reproduce.main(["nothing"])
