@@ -90,14 +90,14 @@ def parse(argv):
         defaults = dict(buffer=0, entropy=0.0) | defaults
     if known.resume:
         defaults = read_json(known.resume, "config.json")
-        if defaults.keys() != Settings.__dataclass_fields__.keys():
-            raise UserError(f"{known.resume}/config.json is not whole: restore it, or start anew")
+        if {*defaults} != {*Settings.__dataclass_fields__} or defaults["game"] not in GAMES:
+            raise UserError(f"{known.resume}/config.json does not fit: restore it, or start anew")
     parser = HfArgumentParser(Settings, description=__doc__.split("\n")[0], **how)
     parser.set_defaults(**defaults)
     settings = Settings(**vars(parser.parse_args(argv)))
     for name, value in vars(settings).items():
         low = 1 if isinstance(value, int) and name not in MAY_BE_0 else 0
-        high = 1 if name in ("gamma", "continue_prob") else np.inf
+        high = 1 if name in ("gamma", "continue_prob", "lr") else 2**63 - 1
         if isinstance(value, int | float) and not low <= value <= high:
             parser.error(f"--{name} {value} must be from {low} to {high}")
     if settings.games % settings.group_size:

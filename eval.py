@@ -158,7 +158,7 @@ class Api(Player):
         with user_error(f"api:{model} cannot be asked", "pip install openai, set OPENAI_API_KEY"):
             import openai
 
-            self.at_once = int(os.environ.get("API_AT_ONCE", 4))  # requests
+            self.at_once = max(1, int(os.environ.get("API_AT_ONCE", 4)))  # requests
             self.spare_tokens = int(os.environ.get("API_SPARE_TOKENS", 16))  # to reason with
             self.client = openai.OpenAI(timeout=float(os.environ.get("API_TIMEOUT", 120)))
         self.name, self.model, self.limit = f"api:{model}", model, "max_tokens"
@@ -274,7 +274,7 @@ def parse(argv):
     add("--max_message_tokens", type=int, help=f"longest message {of_run}")
     add("--games_at_once", type=int, help="games played at a time; fewer need less memory")
     add("--seed", type=int, default=0, help="fixes deals and sampling")
-    other_words = "models read and say NEW in place of OLD, a word or a sentence; may be repeated"
+    other_words = "--model reads and says NEW in place of OLD, a word or sentence; may be repeated"
     add("--words", nargs=2, action="append", default=[], metavar=("OLD", "NEW"), help=other_words)
     add("--out", default="crossplay.json", help="file for the numbers")
     args = parser.parse_args(argv)
@@ -285,12 +285,12 @@ def parse(argv):
     args = argparse.Namespace(**{**DEFAULTS, **(configs[0] if configs else {}), **given})
     for run, config in zip(runs, configs):
         if config.get("game") != args.game or args.game not in GAMES:
-            parser.error(f"{run} plays {config.get('game')}, not {args.game}: evaluate it apart")
+            parser.error(f"{run} plays {config.get('game')}, not {args.game}, or games.py lacks it")
     n = min(args.rounds, args.games, args.games_at_once, args.seed + 1, args.max_message_tokens + 1)
     if n < 1:
         parser.error("--rounds, --games, --games_at_once begin at 1, --seed and tokens at 0")
-    if not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out} is in no folder")
+    if os.path.isdir(args.out) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out} must be a file in a folder that is there")
     return args
 
 
@@ -302,16 +302,16 @@ def main(argv=None):
         if is_ours and llm is None:
             llm = load(args.model, args.quant, args.game, prior_seed=args.prior_seed)
             llm.framing.words = dict(args.words)
-        label = os.path.basename(os.path.normpath(name)) if is_ours else name
+        label = re.sub(r".*[/\\](?!checkpoint-)", "", os.path.normpath(name)) if is_ours else name
         if label in agents or (is_ours and label in scripted_names(args.game)):
             raise UserError(f"two agents are called {label}: name each once")
         agents[label] = find_agent(name, args.game, llm)
     at_once = 1 if "human" in agents else args.games_at_once
     size = args.games, args.rounds, [args.seed], args.max_message_tokens, at_once
     results = crossplay(args.game, agents, *size)
+    print_crossplay(args.game, results, agents)
     text = json.dumps({"settings": vars(args), "results": results}, indent=1)
     pathlib.Path(args.out).write_text(text, encoding="utf-8")
-    print_crossplay(args.game, results, agents)
     print(f"\nThe numbers are in {args.out}")
 
 

@@ -86,7 +86,7 @@ def trust_split(rng, rounds, max_tokens):
             others_hand = (hands[seat] + 1) % 3 if claims[other] is None else claims[other]
             lie = f"My hand is {HANDS[(others_hand + 1) % 3]}"
             [reply] = yield [Turn(seat, text, None, truth, truth, lie, max_tokens)]
-            messages[seat] = " ".join(reply.split())[: 10 * max_tokens]  # a person may type on
+            messages[seat] = " ".join(reply.split())[: max_tokens and max(20, 10 * max_tokens)]
             claims[seat] = claim(messages[seat])
             heard = f'The other says: "{messages[seat]}"\n'
         turns = []

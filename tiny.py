@@ -76,9 +76,9 @@ def user_error(problem, remedy):
 
 
 def translate(text, words):
-    """`text` with every key of `words`, where it stands as a word, replaced by its value."""
-    keys = "|".join(rf"(?<!\w){re.escape(key)}(?!\w)" for key in words) or "(?!)"
-    return re.sub(keys, lambda found: words[found[0]], text)
+    """`text` with every key of `words`, where it stands as a word, replaced; longer ones first."""
+    keys = [rf"(?<!\w){re.escape(key)}(?!\w)" for key in sorted(words, key=len, reverse=True)]
+    return re.sub("|".join(keys) or "(?!)", lambda found: words[found[0]], text)
 
 
 class Framing:
@@ -108,8 +108,7 @@ class Framing:
         self.secrets = {name: secrets.token_hex(8) for name in names}
         quoted = {json.dumps(n, ensure_ascii=False): f'"{s}"' for n, s in self.secrets.items()}
         state = self.tokenizer.backend_tokenizer.to_str()
-        any_string = r'"(?:[^"\\]|\\.)*"'
-        state = re.sub(any_string, lambda found: quoted.get(found[0], found[0]), state)
+        state = re.sub(r'"(?:[^"\\]|\\.)*"', lambda found: quoted.get(found[0], found[0]), state)
         self.twin = Tokenizer.from_str(state)
         self.any_control = re.compile("|".join(map(re.escape, self.secrets)) or "(?!)")
 
@@ -280,5 +279,6 @@ def load_built_in(name, game, seed=0):
             tokenizer.save_pretrained(fresh)
             with contextlib.suppress(OSError):  # another run was faster
                 os.rename(fresh, folder)
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+    with user_error(f"{folder} is damaged", "delete it"):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), tokenizer

@@ -303,6 +303,8 @@ def test_every_game_has_defaults_that_make_sense_for_both_kinds_of_models():
         (["--continue_prob", "-1"], "-1"),
         (["--lr", "nan"], "nan"),
         (["--gamma", "nan"], "nan"),
+        (["--lr", "inf"], "--lr"),
+        (["--seed", str(10**20)], "--seed"),
         (["--lr", "x"], "x"),
         (["--games", "many"], "many"),
         (["--banana"], "banana"),

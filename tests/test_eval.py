@@ -298,13 +298,14 @@ def test_what_an_evaluation_leaves_open_is_that_of_the_first_run(trained, tmp_pa
     for name in ("game", "model", "rounds", "prior_seed", "games_at_once", "max_message_tokens"):
         assert settings[name] == run[name]
     assert (settings["games"], settings["seed"]) == (8, 0)
-    assert list(results) == ["defector", "checkpoint-000000", "base"]
+    first = "defector/checkpoint-000000"  # checkpoints of several runs have the same name
+    assert list(results) == ["defector", first, "base"]
     for means in results.values():
         assert list(means) == [*results, *scripted_names("ipd")]
     # It has learned to defect; the first checkpoint has learned nothing, and plays as the model.
     assert results["defector"]["defector"]["cooperation"] < 0.1
     assert results["base"]["base"]["cooperation"] > 0.4
-    assert results["base"]["base"] == results["checkpoint-000000"]["checkpoint-000000"]
+    assert results["base"]["base"] == results[first][first]
     assert results["defector"]["cooperate"]["points"] > 4.5
     mine, theirs = results["defector"]["base"], results["base"]["defector"]
     assert mine["points"] > theirs["points"] + 1
@@ -341,6 +342,7 @@ def test_in_other_words_an_agent_bound_to_a_letter_does_the_opposite(trained, tm
         (["grim", "--seed", "-1"], "--seed"),
         (["grim", "--game", "chess"], "chess"),
         (["grim", "--game", "ipd", "--out", "no/where.json"], "no/where.json"),
+        (["grim", "--game", "ipd", "--out", "split"], "--out split must be a file"),
         (["grim", "--banana"], "banana"),
         (["ipd", "split"], "split plays split, not ipd"),
         (["split", "--game", "ipd"], "split plays split, not ipd"),
@@ -696,7 +698,7 @@ def test_an_illegal_reply_is_told_so_and_the_correction_is_not_kept(server):
 
 
 def test_what_stands_in_for_a_useless_reply_is_legal_and_fixed_by_the_seed(server, monkeypatch):
-    monkeypatch.setenv("API_AT_ONCE", "1")
+    monkeypatch.setenv("API_AT_ONCE", "0")  # taken as 1
     useless, fine = (200, completion("I keep them all")), (200, completion("5"))
     server.answer = lambda: useless if len(server.asked) % 4 else fine
     logs = []

@@ -495,6 +495,12 @@ def test_only_what_the_other_reads_of_a_message_is_a_claim():
                     assert record.indicators[0]["honesty"] == [honest]
 
 
+def test_scripted_players_can_name_their_hand_however_short_messages_are():
+    for match in play_games("trust_split", (Scripted("cooperate"),) * 2, max_tokens=1):
+        assert summarize([Side(match, 0)])["honesty"] == 1
+        assert all(sorted(round.points) == [0, 100] for round in match.history)
+
+
 def test_a_message_of_no_tokens_is_empty_and_not_honest():
     players = keeps(message=""), keeps(message="anything")
     [match] = play_games("trust_split", players, rounds=2, max_tokens=0)

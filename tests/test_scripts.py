@@ -99,7 +99,7 @@ def test_finished_runs_are_not_made_again_and_a_failed_one_is_named(runs, monkey
 def test_an_agent_is_tried_in_other_words_and_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RUNS", tmp_path)
     assert reproduce.reword(1, "letters swapped", True).endswith("| is missing | |")
-    size = "--iterations 1 --games 4 --group_size 2 --rounds 3".split()
+    size = ["--iterations", "1", "--games", "4", "--group_size", "2", "--rounds", "3"]
     out = ["--out", str(reproduce.folder_of("real-aa_causal", 1, 0))]
     aa_minimal.main(["--game", "ipd", "--model", "tiny", *size, *out])
     assert "is missing" in reproduce.reword(1, "letters swapped", False)  # tables only

@@ -598,6 +598,8 @@ def test_words_are_replaced_as_words_and_sentences():
     assert tiny.translate("Your hand is rock.", renamed) == "You hold fire."
     assert tiny.translate("1+1 (a|b)", {"1+1": "2", "(a|b)": "c"}) == "2 c"  # no patterns
     assert tiny.translate("As it is. ", {}) == "As it is. "
+    longer = {"A": "X", "A or B": "one or two", "B": "Y"}  # whatever their order
+    assert tiny.translate("Choose A or B. A", longer) == "Choose one or two. X"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3", "accept_space_before_text"])
@@ -856,6 +858,15 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_warm_up(cheap, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(cheap.parent / name))
     monkeypatch.setattr(tiny, "imitate", None)  # is not reached
     with pytest.raises(tiny.UserError, match=f"{name}.*XDG_CACHE_HOME"):
+        tiny.load_built_in("tiny", "ipd")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_built_in_model_damaged_on_the_disk_is_named(cheap, name):
+    tiny.load_built_in("tiny", "ipd")
+    [folder] = cheap.iterdir()
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    with pytest.raises(tiny.UserError, match=f"{folder.name} is damaged.*; delete it"):
         tiny.load_built_in("tiny", "ipd")
 
 
