@@ -157,6 +157,8 @@ def measures(folder):
     trained = read_json(folder, "summary.json")["trained"]
     itself, greedy, random = trained["trained"], trained["defect"], trained["random"]
     out = {"last ten": np.mean(points[-10:]), "with itself": itself["points"]}
+    if config.get("opponent"):  # whom it met in training
+        out["opponent's last ten"] = np.mean([line["points_other"] for line in lines[-10:]])
     out["greedy gets"], out["keeps"] = greedy["points_other"], greedy["points"]
     out["fair gets"] = trained["cooperate"]["points_other"]
     out["most gets"] = max(means["points_other"] for means in trained.values())

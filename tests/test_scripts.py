@@ -48,10 +48,12 @@ def runs(tmp_path, monkeypatch):
     for seed, points in ((0, [1.0] * 12), (1, [2.95, 1.0] + [3.0] * 10), (2, [2.0])):
         folder = reproduce.folder_of("ipd-naive", seed, 0)
         folder.mkdir(parents=True)
-        lines = [{"points": p, "seconds_play": 6, "seconds_update": 0} for p in points]
+        seconds = {"seconds_play": 6, "seconds_update": 0}
+        lines = [{"points": p, "points_other": 4 - p, **seconds} for p in points]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
-        (folder / "config.json").write_text(json.dumps({"game": "ipd"}))
+        opponent = ["defect"] if seed == 1 else None
+        (folder / "config.json").write_text(json.dumps({"game": "ipd", "opponent": opponent}))
         names = ("trained", "defect", "cooperate", "random")
         met = {name: {"points": points[-1], "points_other": 1.4, "p_c_cd": 0.25} for name in names}
         met["random"]["points_other"] = 2.5
@@ -64,6 +66,7 @@ def test_measures_of_a_run_are_those_on_paper(runs):
     first, second = (reproduce.measures(reproduce.folder_of("ipd-naive", s, 0)) for s in (0, 1))
     assert first["last ten"] == 1 and first["goal at"] is None and first["minutes"] == 1.2
     assert second["last ten"] == 3 and second["goal at"] == 0
+    assert second["opponent's last ten"] == 1 and "opponent's last ten" not in first
     assert second["lowest five"] == pytest.approx((2.95 + 1 + 9) / 5)
     assert second["after cd"] == 0.25 and second["greedy gets"] == 1.4
     assert second["most gets"] == 2.5  # by the random player
