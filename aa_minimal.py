@@ -97,7 +97,7 @@ def parse(argv):
     settings = Settings(**vars(parser.parse_args(argv)))
     for name, value in vars(settings).items():
         low = 1 if isinstance(value, int) and name not in MAY_BE_0 else 0
-        high = 1 if name in ("gamma", "continue_prob", "lr") else 2**63 - 1
+        high = 1 if name in ("gamma", "continue_prob", "lr") else 2**63 - 1  # of an int64
         if isinstance(value, int | float) and not low <= value <= high:
             parser.error(f"--{name} {value} must be from {low} to {high}")
     if settings.games % settings.group_size:
@@ -127,8 +127,8 @@ class Run:
             return
         if settings.imitate:
             lessons = LESSONS.get(("adapter", settings.game), LESSONS["adapter", "matrix"])
-            n, T = settings.imitate, settings.rounds  # no longer games than the run will play
-            lessons = [a._replace(steps=n * a.steps, rounds=min(a.rounds, T)) for a in lessons]
+            n, most = settings.imitate, settings.rounds  # games no longer than those to come
+            lessons = [x._replace(steps=n * x.steps, rounds=min(x.rounds, most)) for x in lessons]
             parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing, settings.game
             imitate(*parts, lessons, games=1024, lr=6e-4, batch=8, seed=settings.seed)
         name = settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}"

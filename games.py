@@ -70,8 +70,8 @@ def matrix_game(payoffs, rng, rounds, max_tokens):
 
 def trust_split(rng, rounds, max_tokens):
     """Trust-and-Split (arXiv 2511.19405): hands, messages, coins; who speaks first alternates."""
-    news = [TRUST_RULES, TRUST_RULES]
-    starter = int(rng.integers(2))
+    news, starter = [TRUST_RULES, TRUST_RULES], int(rng.integers(2))
+    letters = max(20, 10 * max_tokens) if max_tokens else 0  # of a message; a person may type on
     for t in range(rounds):
         winner = int(rng.integers(2))  # a seat
         winning_hand = int(rng.integers(3))
@@ -86,7 +86,7 @@ def trust_split(rng, rounds, max_tokens):
             others_hand = (hands[seat] + 1) % 3 if claims[other] is None else claims[other]
             lie = f"My hand is {HANDS[(others_hand + 1) % 3]}"
             [reply] = yield [Turn(seat, text, None, truth, truth, lie, max_tokens)]
-            messages[seat] = " ".join(reply.split())[: max_tokens and max(20, 10 * max_tokens)]
+            messages[seat] = " ".join(reply.split())[:letters]
             claims[seat] = claim(messages[seat])
             heard = f'The other says: "{messages[seat]}"\n'
         turns = []

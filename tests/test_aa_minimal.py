@@ -445,6 +445,15 @@ def test_a_run_that_is_under_way_is_not_resumed_beside_it(copied, capsys):
     assert main("--resume", copied, "--iterations", LENGTH + 1) == 0
 
 
+def test_a_run_of_a_game_that_games_lacks_is_not_resumed(copied, capsys):
+    text = (copied / "config.json").read_text()
+    (copied / "config.json").write_text(text.replace('"game": "ipd"', '"game": "public_goods"'))
+    before = files(copied)
+    assert main("--resume", copied, "--iterations", LENGTH + 1) == 2
+    assert f"{copied}/config.json does not fit" in error_lines(capsys.readouterr().err)[-1]
+    assert files(copied) == before
+
+
 @pytest.mark.parametrize("flags", [["--micro_batch_tokens", 1], ["--games_at_once", 3]])
 def test_what_only_changes_memory_does_not_change_the_numbers(tmp_path, undisturbed, flags):
     assert main(*SMALL, *flags, "--iterations", 3, "--out", tmp_path / "run") == 0
