@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import bench
 import numpy as np
 import plot
 import priors
@@ -169,3 +170,29 @@ def test_a_picture_shows_means_in_bands_and_is_written(curves, tmp_path):
     picture = tmp_path / "curves.png"
     assert report("plot", lambda: plot.main([str(picture), *curves])) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+# -------------------------------------------------------------------------------- speed and memory
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-generate", "--no-growth"]])
+def test_the_bench_measures_all_that_was_asked_for(flags, tmp_path, monkeypatch, capsys):
+    if not flags:  # a process each: once is enough
+        monkeypatch.setattr(bench, "peak", lambda *args: 1.0)
+    file = tmp_path / "out.json"
+    size = ["--game", "ipd", "--games", "2", "--rounds", "2", "--repeats", "1"]
+    bench.main([*size, "--json", str(file), *flags])
+    out = json.loads(file.read_text())
+    names = [row["name"] for row in out["rows"]]
+    usual = [] if flags else ["generate / play"]
+    assert names == ["play / forward", *usual, "update / plain", "peak memory"]
+    for row in out["rows"][:-1]:  # the peak may be nothing, for so small a batch
+        assert (
+            row["ratio"] == pytest.approx(row["first"][0] / row["second"][0]) and row["ratio"] > 0
+        )
+    assert out["sampled"] == 8 and out["logp_difference"] < 1e-4  # 2 games of 2 rounds, 2 seats
+    assert [row["series"] for row in out["growth"]] == (
+        [] if flags else ["games"] * 3 + ["rounds"] * 3
+    )
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
