@@ -7,9 +7,11 @@ Runs that differ only in seeds and length become one curve: their mean, in a ban
 the highest."""
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -56,15 +58,17 @@ def draw_curves(runs):
     groups, game = group_runs(runs)
     figure = new_figure(11, 3.4)
     panels = dict(zip(("points", GAMES[game].headline, "entropy"), figure.subplots(1, 3)))
+    styles = {key: itertools.cycle(["-", "--", "-.", ":"]) for key in panels}  # seen below others
     for folders in groups:
         metrics = [read_json(folder, "metrics.jsonl") for folder in folders]
         label = os.path.basename(os.path.abspath(folders[0]))
         if len(folders) > 1:
-            label += f" and {len(folders) - 1} more"
+            name = re.sub(r"-s\d+(-p\d+)?$", "", label)  # the seeds
+            label = f"{name}, {len(folders)} runs"
         for key, panel in panels.items():
             values = values_of(metrics, key)
             x = range(values.shape[1])
-            [line] = panel.plot(x, values.mean(0), label=label)
+            [line] = panel.plot(x, values.mean(0), next(styles[key]), label=label)
             low, high = values.min(0), values.max(0)
             panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     for key, panel in panels.items():

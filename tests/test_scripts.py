@@ -140,9 +140,9 @@ def curves(tmp_path):
     """Two runs that differ in seed and length, and one of another credit."""
     folders = []
     for name, algo, seed, points in (
-        ("a0", "aa", 0, [1.0, 2.0, 3.0]),
-        ("a1", "aa", 1, [2.0, 4.0]),
-        ("n0", "naive", 0, [1.0]),
+        ("ipd-aa-s0-p0", "aa", 0, [1.0, 2.0, 3.0]),
+        ("ipd-aa-s1-p0", "aa", 1, [2.0, 4.0]),
+        ("ipd-naive-s0", "naive", 0, [1.0]),
     ):
         folder = tmp_path / name
         folder.mkdir()
@@ -166,7 +166,7 @@ def test_a_picture_shows_means_in_bands_and_is_written(curves, tmp_path):
     pytest.importorskip("matplotlib")
     panel = plot.draw_curves(curves).axes[0]
     assert panel.lines[0].get_ydata().tolist() == [1.5, 3]
-    assert [line.get_label() for line in panel.lines] == ["a0 and 1 more", "n0"]
+    assert [line.get_label() for line in panel.lines] == ["ipd-aa, 2 runs", "ipd-naive-s0"]
     picture = tmp_path / "curves.png"
     assert report("plot", lambda: plot.main([str(picture), *curves])) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
