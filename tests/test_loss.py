@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import pathlib
+import re
 
 import pytest
 import torch
@@ -372,3 +374,13 @@ def test_on_average_the_naive_gradient_is_that_of_the_expected_score():
         expected += logp.detach().sum().exp() * gradient
     # of four tokens, two belong to each game; the loss is what descends
     assert want.abs().min() > 0.1 and equal(expected, -want * 2 / 4)
+
+
+def test_the_credit_in_the_readme_can_be_used():
+    readme = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    [code] = [block for block in blocks if "CREDITS[" in block]
+    credits = {}
+    exec(code, {"CREDITS": credits})
+    A_own, A_other = torch.tensor([[1.0, 2.0]]), torch.tensor([[-1.0, 3.0]])
+    assert credits["altruist"](A_own, A_other, 0.9, 2.0).tolist() == [[-1.0, 8.0]]
