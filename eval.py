@@ -251,8 +251,8 @@ def print_crossplay(game, results, players):
         taken = {b: means["points_other"] for b, means in results[a].items()}
         most, itself = max(taken, key=taken.get, default=None), results[a].get(a, {})
         own = [itself.get("welfare"), itself.get(headline)]
-        rows.append([a, *own, taken.get("cooperate"), most, taken.get(most)])
-    header = ["welfare", headline, "a fair player gets", "the most gets", "points"]
+        rows.append([a, *own, taken.get("cooperate"), taken.get("defect"), most, taken.get(most)])
+    header = ["welfare", headline, "fair gets", "greedy gets", "most gets", "points"]
     print_table("With itself, and what others get from it", header, rows)
     seen = {a: results[a].get("random", {}) for a in agents}
     keys = [key for key in max(seen.values(), key=len) if "_after_" not in key]

@@ -205,9 +205,9 @@ def test_the_tables_show_who_takes_most_and_what_is_done_to_a_random_player(tmp_
     assert table["grim"][4] == f"{results['grim']['random']['points']:.2f}"
 
     table = cells(out, "With itself, and what others get from it")
-    assert table["cooperate"] == ["1.00", "1.00", "3.00", "defect", "5.00"]
-    assert table["tit_for_tat"] == ["1.00", "1.00", "3.00", "cooperate", "3.00"]
-    assert table["defect"][:4] == ["0.33", "0.00", "0.00", "defect"]
+    assert table["cooperate"] == ["1.00", "1.00", "3.00", "5.00", "defect", "5.00"]
+    assert table["tit_for_tat"] == ["1.00", "1.00", "3.00", "1.40", "cooperate", "3.00"]
+    assert table["defect"][:5] == ["0.33", "0.00", "0.00", "1.00", "defect"]
 
     table = cells(out, "What it does against a random player")
     want = {
