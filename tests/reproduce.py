@@ -206,6 +206,42 @@ def table(rows):
         print(f"| {label} | {count} | " + " | ".join(values[c][n] for c in columns) + " |")
 
 
+def cooperation(means):
+    """How often it cooperates against `random`, first and after C,C C,D D,C D,D, as text."""
+    shares = [means["random"][f"p_c_{state}"] for state in STATES]
+    return " ".join("-" if share is None else f"{share:.2f}" for share in shares)
+
+
+def describe(label, curve, itself, means):
+    """A line of Markdown about one agent; means: of its games with the scripted players."""
+    greedy, fair = means["defect"], means["cooperate"]["points_other"]
+    numbers = f"{itself:.2f} | {greedy['points_other']:.2f}, {greedy['points']:.2f} | {fair:.2f}"
+    return f"| {label} | {curve} | {numbers} | {cooperation(means)} |"
+
+
+def table_of_runs(rows):
+    """Print a Markdown table of matrix games: a line per finished run; by seed one of the model
+    without adapter."""
+    print("| run | points in training: first, lowest, last (iterations) | with itself ", end="")
+    print("| greedy gets, keeps | fair gets | cooperates first, after C,C C,D D,C D,D |")
+    print("|---" * 6 + "|")
+    lines, bare = [], {}
+    for row in rows:
+        for seed in row.seeds:
+            folder = folder_of(row.name, seed, 0)
+            if not (folder / "summary.json").exists():
+                continue
+            summary = read_json(folder, "summary.json")
+            means, untrained = summary["trained"], summary["untrained"]
+            points = [line["points"] for line in read_json(folder, "metrics.jsonl")]
+            curve = f"{points[0]:.2f}, {min(points):.2f}, {points[-1]:.2f} ({len(points)})"
+            label = f"`{row.name}`, seed {seed}"
+            lines.append(describe(label, curve, means["trained"]["points"], means))
+            itself = untrained["untrained"]["points"]
+            bare[seed] = describe(f"as it is, seed {seed}", "", itself, untrained)
+    print("\n".join([*bare.values(), *lines]))
+
+
 def evaluate(runs, out, may_play, *flags):
     """The results of eval.py with these runs, or {}; made anew where a run is newer than `out`."""
     if not all((run / "summary.json").exists() for run in runs):
@@ -231,9 +267,8 @@ def reword(seed, wording, may_play):
     if not results:
         return f"| seed {seed}, {wording} | is missing | |"
     [means] = results.values()
-    shares = [means["random"][f"p_c_{state}"] for state in STATES]
-    shares = " ".join("-" if share is None else f"{share:.2f}" for share in shares)
-    return f"| seed {seed}, {wording} | {means[run.name]['points']:.2f} | {shares} |"
+    points = means[run.name]["points"]
+    return f"| seed {seed}, {wording} | {points:.2f} | {cooperation(means)} |"
 
 
 def introduce(row, may_play):
@@ -288,6 +323,9 @@ def main(argv=None):
                 print("\n".join(reword(seed, words, play) for words in WORDINGS))
         else:
             table(PARTS[part])
+        if part == "real":
+            print()
+            table_of_runs(PARTS[part])
     if problems:
         raise UserError(f"{len(problems)} runs failed, the first one {problems[0]}")
 

@@ -57,9 +57,11 @@ def runs(tmp_path, monkeypatch):
         (folder / "config.json").write_text(json.dumps({"game": "ipd", "opponent": opponent}))
         names = ("trained", "defect", "cooperate", "random")
         met = {name: {"points": points[-1], "points_other": 1.4, "p_c_cd": 0.25} for name in names}
-        met["random"]["points_other"] = 2.5
+        met["random"] |= {"points_other": 2.5, "p_c_first": 1.0, "p_c_cc": 0.5}
+        met["random"] |= {"p_c_dc": None, "p_c_dd": 0.0}
         if seed < 2:
-            (folder / "summary.json").write_text(json.dumps({"trained": met}))
+            summary = {"trained": met, "untrained": met | {"untrained": {"points": 2.2}}}
+            (folder / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 
 
@@ -79,6 +81,18 @@ def test_a_table_counts_the_runs_that_are_missing(runs, capsys):
     cells = dict(zip(header.split(" | "), line.split(" | ")))
     assert cells["runs"] == "2 of 5" and cells["last ten"] == "1.00 to 3.00"
     assert cells["greedy gets"] == "1.40"
+
+
+def test_a_table_of_runs_has_a_line_for_each_and_for_the_model_without_adapter(runs, capsys):
+    reproduce.table_of_runs([reproduce.Row("ipd-naive", "")])
+    _, _, *lines = capsys.readouterr().out.strip().split("\n")
+    acts = "1.00 0.50 0.25 - 0.00 |"  # against `random`
+    assert lines == [
+        f"| as it is, seed 0 |  | 2.20 | 1.40, 1.00 | 1.40 | {acts}",
+        f"| as it is, seed 1 |  | 2.20 | 1.40, 3.00 | 1.40 | {acts}",
+        f"| `ipd-naive`, seed 0 | 1.00, 1.00, 1.00 (12) | 1.00 | 1.40, 1.00 | 1.40 | {acts}",
+        f"| `ipd-naive`, seed 1 | 2.95, 1.00, 3.00 (12) | 3.00 | 1.40, 3.00 | 1.40 | {acts}",
+    ]
 
 
 def test_finished_runs_are_not_made_again_and_a_failed_one_is_named(runs, monkeypatch):
