@@ -80,7 +80,7 @@ class Settings:
 
 
 def parse(argv):
-    """The Settings of a command line. Where PRESETS and IMITATING differ, IMITATING counts."""
+    """Settings: a flag counts, else IMITATING, PRESETS, what `naive` and `sum` have, Settings."""
     usage = "aa_minimal.py [--game GAME] [--algo ALGO] [--model MODEL] [more flags: --help]"
     how = dict(usage=usage, allow_abbrev=False)
     known, _ = HfArgumentParser(Settings, add_help=False, **how).parse_known_args(argv)
@@ -101,7 +101,7 @@ def parse(argv):
         if isinstance(value, int | float) and not low <= value <= high:
             parser.error(f"--{name} {value} must be from {low} to {high}")
     if settings.games % settings.group_size:
-        parser.error(f"--games {settings.games} are not whole groups of {settings.group_size}")
+        parser.error(f"--games {settings.games}: no multiple of --group_size {settings.group_size}")
     if known.resume:
         for name, value in defaults.items():
             new = getattr(settings, name, value)
@@ -135,7 +135,7 @@ class Run:
         self.folder, n = pathlib.Path(name), 1
         while self.folder.exists():
             n += 1
-            self.folder = pathlib.Path(f"{name}-{n}")
+            self.folder = pathlib.Path(f"{pathlib.Path(name)}-{n}")
         self.folder.mkdir(parents=True)  # an error if another run was faster
         self.hold()
         write_whole(self.folder / "metrics.jsonl")
@@ -284,7 +284,7 @@ def train(run):
             write_transcript(run, iteration, matches, live)
         run.save()
         if line["zero_credit"] == 1 or line["entropy"] < 1e-6 or grad_norm < 1e-7:
-            warn("nothing to learn from: games of a group ended alike, or nothing is explored")
+            warn("nothing to learn from: groups of one game, or all ended alike, or no exploration")
         bar.set_postfix(failures, points=line["points"], entropy=line["entropy"], refresh=False)
 
 

@@ -252,7 +252,7 @@ def print_crossplay(game, results, players):
         most, itself = max(taken, key=taken.get, default=None), results[a].get(a, {})
         own = [itself.get("welfare"), itself.get(headline)]
         rows.append([a, *own, taken.get("cooperate"), taken.get("defect"), most, taken.get(most)])
-    header = ["welfare", headline, "fair gets", "greedy gets", "most gets", "points"]
+    header = ["welfare", headline, "fair gets", "greedy gets", "gets most", "how much"]
     print_table("With itself, and what others get from it", header, rows)
     seen = {a: results[a].get("random", {}) for a in agents}
     keys = [key for key in max(seen.values(), key=len) if "_after_" not in key]
@@ -298,7 +298,7 @@ def main(argv=None):
     args = parse(argv)
     agents, llm = {}, None
     for name in args.agents:
-        is_ours = name not in (*scripted_names(args.game), "human") and name[:4] != "api:"
+        is_ours = name == "base" or (os.path.isdir(name) and name not in scripted_names(args.game))
         if is_ours and llm is None:
             llm = load(args.model, args.quant, args.game, prior_seed=args.prior_seed)
             llm.framing.words = dict(args.words)

@@ -176,7 +176,7 @@ class Player:
         return [self.answer(question) for question in questions]
 
 
-SCRIPTS = {  # how they act; they are greedy if one of so many of the other's last acts was
+SCRIPTS = {  # (how they act, n): greedy instead, if any of the other's last n acts was greedy
     "cooperate": ("fair", 0),
     "defect": ("greedy", 0),
     "tit_for_tat": ("fair", 1),
@@ -246,6 +246,7 @@ def play(game, matches, seed, max_tokens, at_once=None):
             replies |= zip([question.key for question in asked], player.reply(asked))
         for match in turns:
             said = [replies[match.number, turn.seat] for turn in turns[match]]
+            assert all(reply in (turn.choices or said) for turn, reply in zip(turns[match], said))
             match.log += [(turn.seat, turn.text, reply) for turn, reply in zip(turns[match], said)]
             step = rules[match].send(said)
             while isinstance(step, Round):  # scored, not asked

@@ -62,7 +62,7 @@ def causal_alignment(A_own, A_other, gamma, beta):
     A_own[k] and A_other[t] negative, and their product rewards it. Split that return at round t:
         G[k] = (sum_{k<=j<t} gamma^(j-k) r[j])  +  gamma^(t-k) G[t]
     Baselines are linear in returns, so A_own[k] - gamma^(t-k) A_own[t] is the advantage of the
-    first part alone (exactly, where the games of a group have the same number of rounds). Its sum:
+    first part alone (in groups of equally long games). With S[t] = sum_{k<t} gamma^(2(t-k)):
         sum_{k<t} gamma^(t-k) (A_own[k] - gamma^(t-k) A_own[t]) = past[t] - S[t] A_own[t]"""
     S = discounted_past(torch.ones_like(A_own), gamma**2)
     before_t = discounted_past(A_own, gamma) - S * A_own
@@ -90,10 +90,9 @@ CREDITS |= {"naive": naive, "sum": joint, "adversary": adversary, "margin": marg
 
 def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_coef, cut=2.0):
     """-sum w c log p / N - entropy_coef H + kl_coef KL, over a micro-batch of n sampled tokens.
-    logp, entropy, kl [n], in nats, under the weights being trained; logp_play [n] when the token
-    was sampled; credit [n] of its round. total: N, the sampled tokens of the *whole* batch, so that
-    the gradients of micro-batches add up to the same however it was cut. w = min(p / p_play, cut),
-    detached, is a truncated importance weight: 1 but for rounding. -> (loss, p / p_play [n])"""
+    logp, entropy, kl [n], in nats, under the weights being trained; logp_play [n] in play; credit
+    [n] of its round; total: N, sampled tokens of the *whole* batch, so that micro-batches add up.
+    w = min(p / p_play, cut), detached, is 1 but for rounding. -> (loss, p / p_play [n])"""
     ratio = (logp.detach() - logp_play).exp()
     per_token = -ratio.clamp(max=cut) * credit * logp - entropy_coef * entropy + kl_coef * kl
     return per_token.sum() / total, ratio

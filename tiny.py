@@ -30,8 +30,8 @@ from games import Match, Scripted, play
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on kernels when imported
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's calls
 # Imitation of a population of scripted players: {name: share}, chance of a random reply, rounds of
-# the longest game, training steps. With `greed`, a probability, one seat draws a player anew for
-# every reply, and it alone is imitated; every act of the other seat is greedy so often, else fair.
+# the longest game, training steps. With `greed`, seat 0 draws a player anew for every reply, and it
+# alone is imitated; each act of seat 1 is greedy with this probability, else fair.
 Lesson = namedtuple("Lesson", "shares noise rounds steps greed", defaults=[None])
 # What models are taught in turn: the rules; to return like for like; the last makes the prior.
 SHORT = Lesson({"cooperate": 1.0}, 0.0, 2, 300)

@@ -49,6 +49,8 @@ def group_runs(runs):
 def values_of(metrics, key):
     """The numbers called `key` [runs, iterations], as far as the shortest run; NaN for none."""
     shortest = min(len(lines) for lines in metrics)
+    if shortest < max(len(lines) for lines in metrics):
+        print(f"plot: {key} of unequal runs, up to iteration {shortest - 1}", file=sys.stderr)
     curves = [[line.get(key) for line in lines[:shortest]] for lines in metrics]
     return np.array(curves, dtype=float)
 
@@ -93,10 +95,10 @@ def draw_crossplay(path):
     panel.imshow(points, cmap="Greys_r", alpha=0.5, aspect="auto")
     panel.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
     panel.set_yticks(range(len(rows)), rows)
-    panel.set(xlabel="against", ylabel="points per round of", title=game)
+    panel.set(xlabel="against", title=f"{game}: points per round of the row")
     for (row, column), value in np.ndenumerate(points):
         if not np.isnan(value):
-            panel.text(column, row, f"{value:.3g}", ha="center", va="center")
+            panel.text(column, row, f"{value:.2f}", ha="center", va="center")
     return figure
 
 
@@ -106,11 +108,14 @@ def main(argv=None):
     parser.add_argument("sources", nargs="+", metavar="RUN", help="runs, or the file of eval.py")
     parser.add_argument("--crossplay", action="store_true", help="draw the JSON file of eval.py")
     args = parser.parse_args(argv)
+    if pathlib.Path(args.picture).suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"{args.picture} is to be the picture: name a .png, .pdf or .svg file first")
     if args.crossplay and len(args.sources) > 1:
         parser.error("--crossplay draws one file")
     figure = draw_crossplay(args.sources[0]) if args.crossplay else draw_curves(args.sources)
     with user_error(f"cannot write {args.picture}", "name a .png file in a folder that exists"):
         figure.savefig(args.picture, dpi=110)
+    print(f"The picture is {args.picture}")
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def test_every_game_has_defaults_that_make_sense_for_both_kinds_of_models():
         (["--game", "chess"], "chess"),
         (["--algo", "ppo"], "ppo"),
         (["--baseline", "none"], "none"),
-        (["--games", "10", "--group_size", "4"], "groups of 4"),
+        (["--games", "10", "--group_size", "4"], "no multiple of --group_size 4"),
         (["--rounds", "0"], "--rounds 0"),
         (["--iterations", "0"], "--iterations 0"),
         (["--lora_rank", "0"], "--lora_rank 0"),
@@ -352,6 +352,13 @@ def test_a_command_that_cannot_run_ends_with_code_2_and_no_traceback(tmp_path, f
     code, _, err = command(tmp_path, *LEAST, *flags)
     assert code == 2 and says in error_lines(err)[-1]
     assert "Traceback" not in err and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_taken_is_left_alone_and_the_run_lies_beside_it(tmp_path):
+    (tmp_path / "taken").mkdir()
+    assert main(*SMALL, "--iterations", 1, "--out", f"{tmp_path}/taken/") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"taken", "taken-2"}
+    assert not list((tmp_path / "taken").iterdir())
 
 
 # ------------------------------------------------------------------------------ going on with a run

@@ -443,6 +443,12 @@ def test_the_command_prints_tables_and_writes_numbers(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
 
 
+def test_an_agent_that_is_not_there_is_refused_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "load", None)
+    assert main("no/such/run", "base") == 2
+    assert "no agent is called no/such/run" in capsys.readouterr().err
+
+
 def test_the_command_ends_with_code_2_and_no_traceback(trained, tmp_path):
     code, out, err = command(tmp_path, str(trained), "no/such/run")
     assert code == 2 and "Traceback" not in err and list(tmp_path.iterdir()) == []

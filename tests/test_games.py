@@ -1006,6 +1006,17 @@ def test_every_summary_of_a_game_has_the_same_names_whatever_occurred(game):
             assert set(summarize([Side(match, 0)])) == set(summarize([Side(match, 1)])) == want
 
 
+def test_a_reply_that_a_game_does_not_allow_is_an_error(monkeypatch):
+    def careless(rng, rounds, max_tokens):  # its fair reply is none of the choices
+        yield [Turn(seat, "In?", ("in", "out"), fair="In", greedy="out") for seat in (0, 1)]
+        yield Round((1, 1), 2, (True, True), ({}, {}))
+
+    monkeypatch.setitem(GAMES, "careless", Game(careless, scale=1))
+    play_games("careless", ("defect", "defect"))
+    with pytest.raises(AssertionError):
+        play_games("careless", ("defect", "cooperate"))
+
+
 # ---------------------------------------------------------------------------- the files themselves
 
 
