@@ -85,6 +85,7 @@ PARTS = {
         Row("trust-no-talk", "--game trust_split --max_message_tokens 0"),
     ],
     "beta": [Row(f"ipd-beta-{beta}", f"--game ipd --beta {beta}") for beta in (0.5, 1, 4, 8, 32)]
+    + [Row("stag_hunt-aa-beta-0.5", "--game stag_hunt --algo aa --beta 0.5")]
     + [Row("trust-aa-beta-1", "--game trust_split --algo aa --beta 1", priors=range(2))],
     "adversaries": [
         Row(f"ipd-{algo}-vs-{victim}", f"--game ipd --algo {algo} --opponent {{ipd-{victim}}}")
