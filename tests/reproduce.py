@@ -71,7 +71,8 @@ PARTS = {
     "matrix": over(("naive", "aa", "aa_causal"), "stag_hunt --game stag_hunt", priors=range(2))
     + over(("naive", "aa", "aa_causal"), "chicken --game chicken", priors=range(2)),
     "kernels": over(("aa_causal", "aa"), "ipd-default --game ipd", kernels="default")
-    + over(("aa_causal", "aa"), "ipd-avx2 --game ipd", kernels="avx2"),
+    + over(("aa_causal", "aa"), "ipd-avx2 --game ipd", kernels="avx2")
+    + over(("sum",), "split-avx2 --game split", kernels="avx2", priors=(1,)),
     "long": over(("aa_causal", "aa"), "ipd-long --game ipd --iterations 120", priors=range(4))
     + over(("aa_causal", "aa"), "trust-long --game trust_split --iterations 108", priors=range(2)),
     "variants": over(("jit",), "ipd --game ipd")
