@@ -131,11 +131,11 @@ class Run:
             lessons = [x._replace(steps=n * x.steps, rounds=min(x.rounds, most)) for x in lessons]
             parts = self.llm.decoder, self.llm.logits, self.weights, self.llm.framing, settings.game
             imitate(*parts, lessons, games=1024, lr=6e-4, batch=8, seed=settings.seed)
-        name = settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}"
-        self.folder, n = pathlib.Path(name), 1
+        out = pathlib.Path(settings.out or f"runs/{settings.game}-{settings.algo}-s{settings.seed}")
+        self.folder, n = out, 1
         while self.folder.exists():
             n += 1
-            self.folder = pathlib.Path(f"{pathlib.Path(name)}-{n}")
+            self.folder = pathlib.Path(f"{out}-{n}")
         self.folder.mkdir(parents=True)  # an error if another run was faster
         self.hold()
         write_whole(self.folder / "metrics.jsonl")

@@ -244,10 +244,10 @@ def play(game, matches, seed, max_tokens, at_once=None):
                 questions[match.players[turn.seat]].append(question)
         for player, asked in questions.items():
             replies |= zip([question.key for question in asked], player.reply(asked))
-        for match in turns:
-            said = [replies[match.number, turn.seat] for turn in turns[match]]
-            assert all(reply in (turn.choices or said) for turn, reply in zip(turns[match], said))
-            match.log += [(turn.seat, turn.text, reply) for turn, reply in zip(turns[match], said)]
+        for match, asked in turns.items():
+            said = [replies[match.number, turn.seat] for turn in asked]
+            assert all(reply in turn.choices for turn, reply in zip(asked, said) if turn.choices)
+            match.log += [(turn.seat, turn.text, reply) for turn, reply in zip(asked, said)]
             step = rules[match].send(said)
             while isinstance(step, Round):  # scored, not asked
                 match.history.append(step)

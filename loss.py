@@ -92,7 +92,7 @@ def policy_loss(logp, logp_play, credit, entropy, kl, total, entropy_coef, kl_co
     """-sum w c log p / N - entropy_coef H + kl_coef KL, over a micro-batch of n sampled tokens.
     logp, entropy, kl [n], in nats, under the weights being trained; logp_play [n] in play; credit
     [n] of its round; total: N, sampled tokens of the *whole* batch, so that micro-batches add up.
-    w = min(p / p_play, cut), detached, is 1 but for rounding. -> (loss, p / p_play [n])"""
+    w = min(p / p_play, cut), detached: a truncated importance weight. -> (loss, p / p_play [n])"""
     ratio = (logp.detach() - logp_play).exp()
     per_token = -ratio.clamp(max=cut) * credit * logp - entropy_coef * entropy + kl_coef * kl
     return per_token.sum() / total, ratio

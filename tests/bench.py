@@ -302,10 +302,13 @@ def measure(args):
     ways = [functools.partial(self_play, agent, *size), functools.partial(forward, llm, episodes)]
     if args.generate:
         ways.append(functools.partial(generate, llm, recorder.calls))
-    played, read, *generated = clock(args.repeats, *ways)
+    seconds = clock(args.repeats, *ways)
+    played, read = seconds[:2]
     rows = [compare("play / forward", "s", played, read)]
-    rows += [compare("generate / play", "s", seconds, played) for seconds in generated]
-    rows += compare_updates("", llm, source, episodes, budget, args.repeats)
+    if args.generate:
+        rows.append(compare("generate / play", "s", seconds[2], played))
+    of_updates = compare_updates("", llm, source, episodes, budget, args.repeats)
+    rows += of_updates
 
     n = 8192 if llm.device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=llm.device, dtype=llm.head.weight.dtype)
@@ -313,8 +316,7 @@ def measure(args):
     names = llm.decoder.layers.named_parameters()
     weights = sum(p.numel() for name, p in names if ".lora_" not in name)
     work = dict(play=(2, played), forward=(2, read))
-    of_update = next(row for row in rows if row["name"] == "update / plain")
-    work |= dict(update=(6, of_update["first"]), plain=(6, of_update["second"]))
+    work |= dict(update=(6, of_updates[0]["first"]), plain=(6, of_updates[0]["second"]))
     share = {}
     for name, (flops, seconds) in work.items():
         share[name] = flops * weights * tokens / median(seconds) / best

@@ -49,8 +49,6 @@ def group_runs(runs):
 def values_of(metrics, key):
     """The numbers called `key` [runs, iterations], as far as the shortest run; NaN for none."""
     shortest = min(len(lines) for lines in metrics)
-    if shortest < max(len(lines) for lines in metrics):
-        print(f"plot: {key} of unequal runs, up to iteration {shortest - 1}", file=sys.stderr)
     curves = [[line.get(key) for line in lines[:shortest]] for lines in metrics]
     return np.array(curves, dtype=float)
 
@@ -60,17 +58,19 @@ def draw_curves(runs):
     groups, game = group_runs(runs)
     figure = new_figure(11, 3.4)
     panels = dict(zip(("points", GAMES[game].headline, "entropy"), figure.subplots(1, 3)))
-    styles = {key: itertools.cycle(["-", "--", "-.", ":"]) for key in panels}  # seen below others
-    for folders in groups:
+    styles = itertools.cycle(["-", "--", "-.", ":"])  # so that a line is seen below another
+    for folders, style in zip(groups, styles):
         metrics = [read_json(folder, "metrics.jsonl") for folder in folders]
         label = os.path.basename(os.path.abspath(folders[0]))
         if len(folders) > 1:
             name = re.sub(r"-s\d+(-p\d+)?$", "", label)  # the seeds
             label = f"{name}, {len(folders)} runs"
+        if len({len(lines) for lines in metrics}) > 1:
+            print(f"plot: {label}, of unequal length, up to the shortest", file=sys.stderr)
         for key, panel in panels.items():
             values = values_of(metrics, key)
             x = range(values.shape[1])
-            [line] = panel.plot(x, values.mean(0), next(styles[key]), label=label)
+            [line] = panel.plot(x, values.mean(0), style, label=label)
             low, high = values.min(0), values.max(0)
             panel.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     for key, panel in panels.items():

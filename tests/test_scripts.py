@@ -186,6 +186,13 @@ def test_a_picture_shows_means_in_bands_and_is_written(curves, tmp_path):
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_picture_whose_name_was_forgotten_is_refused_and_nothing_is_written(curves, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        plot.main(curves)
+    assert stop.value.code == 2 and sorted(tmp_path.rglob("*")) == before
+
+
 # -------------------------------------------------------------------------------- speed and memory
 
 
